@@ -1,0 +1,79 @@
+"""The operator's configuration: what an administrator sets once for the cluster.
+
+It comes from the chart's values through a ConfigMap. Prometheus' address and credentials are here and never in a
+custom resource, where a tenant could point them elsewhere.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from servingtiers.api.base import Duration, Model
+from servingtiers.api.spec import ResourceList, Toleration
+
+__all__ = ["AcceleratorBinding", "Images", "OperatorConfig", "PrometheusConfig", "TelemetryConfig"]
+
+
+class AcceleratorBinding(Model):
+    """How a catalogue accelerator appears in this cluster."""
+
+    resource: str = "nvidia.com/gpu"
+    """Extended resource that one accelerator is requested by."""
+    node_selector: dict[str, str] = {}
+    tolerations: list[Toleration] = []
+    runtime_class_name: str | None = None
+    price_per_hour: Decimal | None = None
+    """Price of one accelerator; the catalogue's dated default when left out."""
+
+
+class Images(Model):
+    """Default images, best by digest."""
+
+    engine: str = "vllm/vllm-openai:v0.32.0"
+    router: str = "vllm/vllm-router:v0.1.17"
+
+
+class PrometheusConfig(Model):
+    """How to reach Prometheus."""
+
+    url: Annotated[str, Field(pattern=r"^https?://")]
+    bearer_token_file: str | None = None
+    ca_file: str | None = None
+    timeout: Duration = "10s"
+
+
+class TelemetryConfig(Model):
+    """Where load is read."""
+
+    source: Literal["Scrape", "Prometheus"] = "Scrape"
+    """Scrape reads the engine and router pods directly; Prometheus asks `prometheus.url`."""
+    prometheus: PrometheusConfig | None = None
+    interval: Duration = "15s"
+    """Tick of the control loop, and of the embedded scraper."""
+    window: Duration = "60s"
+    """Window of rates and percentiles."""
+
+
+class OperatorConfig(Model):
+    """Everything an administrator sets."""
+
+    accelerators: dict[str, AcceleratorBinding] = {}
+    """Catalogue key to its binding; a tier may only use what is bound."""
+    images: Images = Images()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    namespaces: list[str] = []
+    """Watched namespaces; empty: the operator's own (namespaced mode) or all (cluster mode)."""
+    cluster_mode: bool = False
+    """Watch the whole cluster and use cluster-scoped permissions."""
+    allow_remote_code: bool = False
+    """Let tiers set trustRemoteCode."""
+    currency: str = "USD"
+    router_service_account: str | None = None
+    """ServiceAccount the chart made for routers; None: the operator makes one per tier."""
+    router_resources: ResourceList | None = None
+    metrics_namespace: str | None = None
+    """Namespace Prometheus scrapes from, for NetworkPolicies; None: any."""
+    cluster_domain: str = "cluster.local"

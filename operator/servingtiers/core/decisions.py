@@ -1,0 +1,123 @@
+"""What scaling decides, in the form that status, events, logs and the command line share.
+
+A decision is a number with its reason: what was decided, which limit was binding, what would change it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from servingtiers.api.spec import PoolScaling, ScalingMode, ServingTierSpec
+from servingtiers.api.status import PoolMemory
+from servingtiers.core.signals import TierLoad
+
+__all__ = ["Binding", "Decision", "PoolFacts", "PoolRole", "TierDecision", "TierObservation"]
+
+
+class PoolRole(StrEnum):
+    """What a pool does."""
+
+    AGGREGATED = "Aggregated"
+    PREFILL = "Prefill"
+    DECODE = "Decode"
+
+
+class Binding(StrEnum):
+    """The limit that set the number."""
+
+    TTFT = "TTFT"
+    TPOT = "TPOT"
+    ITL = "ITL"
+    E2E = "E2E"
+    QUEUE = "Queue"
+    KV_CACHE = "KVCache"
+    FORECAST = "Forecast"
+    MIN_REPLICAS = "MinReplicas"
+    MAX_REPLICAS = "MaxReplicas"
+    HOLD_UNKNOWN = "HoldUnknown"
+    """Data is missing: nothing shrinks."""
+    HOLD_DOWN = "HoldDown"
+    """Fewer would do, but not for long enough yet."""
+    HOLD_PENDING = "HoldPending"
+    """Added replicas are not ready yet: the same need is not met twice."""
+    IDLE = "Idle"
+    WAKE = "Wake"
+    STEADY = "Steady"
+    INFEASIBLE = "Infeasible"
+    """More replicas would not help: one request alone misses the objective."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolFacts:
+    """What Kubernetes says of one pool."""
+
+    name: str
+    role: PoolRole
+    scaling: PoolScaling
+    replicas: int
+    """`spec.replicas` of the Deployment."""
+    ready: int
+    pending: int = 0
+    """Pods that exist and are not ready, without those that cannot be scheduled."""
+    unschedulable: int = 0
+    terminating: int = 0
+    rolling: bool = False
+    """A rollout of the pod template is under way."""
+    max_num_seqs: int = 0
+    """Largest batch of one replica."""
+    startup_seconds: float | None = None
+    """Median start-up time seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Objectives in force: (metric, percentile) to seconds, e.g. ``("ttft", "p99"): 0.5``."""
+
+    seconds: dict[tuple[str, str], float] = field(default_factory=dict)
+    reason: str = "given in spec.slo"
+
+
+@dataclass(frozen=True, slots=True)
+class TierObservation:
+    """What one tier's scaling is decided from."""
+
+    key: str
+    spec: ServingTierSpec
+    targets: Targets
+    pools: tuple[PoolFacts, ...]
+    load: TierLoad
+    memory: dict[str, PoolMemory]
+    """Pool name to what was remembered."""
+    rps_per_replica: float | None = None
+    """What the performance model says one replica carries at the SLO; None: unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Replicas of one pool, with the reason."""
+
+    pool: str
+    current: int
+    desired: int
+    reason: str
+    binding: Binding
+    would_change: str
+    limited: str | None = None
+    """Why less (or more) was decided than wanted, e.g. maxReplicas; None when nothing limited it."""
+    signals: dict[str, str] = field(default_factory=dict)
+    """Rounded inputs, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierDecision:
+    """All pools of one tier, decided together, and what to remember."""
+
+    key: str
+    decisions: tuple[Decision, ...]
+    memory: dict[str, PoolMemory]
+
+
+def acts(mode: ScalingMode, *, suspended: bool) -> bool:
+    """Return whether a decision is carried out."""
+    return mode is ScalingMode.AUTO and not suspended

@@ -1,0 +1,60 @@
+"""The settings a pool really runs with, after presets and planner, each with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from servingtiers.core.config import AcceleratorBinding
+from servingtiers.core.decisions import PoolRole
+
+__all__ = ["PoolSettings", "TierSettings"]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """One pool, everything chosen; ``render`` turns it into engine flags and pods."""
+
+    name: str
+    """`pool`, `prefill` or `decode`."""
+    role: PoolRole
+    accelerator: str
+    """Catalogue key."""
+    binding: AcceleratorBinding
+    tensor_parallel: int
+    image: str
+    engine_version: str
+    """vLLM version such as `0.32.0`; decides which flags exist."""
+    weights: str
+    """`bf16`, `fp8`, `int8` or `int4`: what the performance model assumes."""
+    quantization: str | None
+    """Value of `--quantization`; None leaves the flag out (the checkpoint says it)."""
+    dtype: str | None
+    kv_cache_dtype: str | None
+    max_num_seqs: int
+    max_num_batched_tokens: int | None
+    max_model_len: int | None
+    performance_mode: str | None
+    """Value of `--performance-mode`."""
+    attention_backend: str | None
+    speculative: dict[str, str | int] | None
+    """Value of `--speculative-config`, a JSON object."""
+    priority_scheduling: bool
+    max_queued_requests: int | None
+    gpu_memory_utilization: float | None
+    extra_args: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    """API field name (camelCase) to the reason for its value."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierSettings:
+    """All pools of a tier and its router."""
+
+    served_name: str
+    pools: tuple[PoolSettings, ...]
+    router_image: str
+    router_policy: str
+    router_policy_reason: str
+    request_timeout_seconds: float
+    drain_seconds: float

@@ -1,0 +1,212 @@
+"""What telemetry says of a pool, with "no data" as a value of its own.
+
+A signal is :class:`Value`, :class:`Zero` (proved: every ready pod answered) or :class:`Unknown` (missing, stale,
+NaN, Inf, negative, partial). Unknown never shrinks anything.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+__all__ = [
+    "Coverage",
+    "Distribution",
+    "Histogram",
+    "Interval",
+    "Load",
+    "RouterLoad",
+    "Signal",
+    "Unknown",
+    "Value",
+    "Zero",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A measured, finite, positive number."""
+
+    value: float
+    age: float = 0.0
+    """Seconds since the oldest sample it is made of."""
+    partial: bool = False
+    """True where some ready pods did not answer: enough to grow on, never to shrink on."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value) or self.value < 0:
+            raise ValueError(f"{self.value} is no value: report it as Unknown")
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """A proved zero: every ready pod answered, and there was nothing."""
+
+    age: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """No usable data, and why."""
+
+    reason: str
+
+
+Signal = Value | Zero | Unknown
+
+
+def number(signal: Signal) -> float | None:
+    """Return the number of a signal; None when it is unknown."""
+    match signal:
+        case Value(value=value):
+            return value
+        case Zero():
+            return 0.0
+        case Unknown():
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """What buckets allow to say of a quantile: it lies in ``(low, high]``; seconds."""
+
+    low: float
+    high: float
+    estimate: float
+    """Linear interpolation inside the bucket, as Prometheus' histogram_quantile does; ``high`` may be infinite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Requests of a window counted by cumulative upper bounds, as Prometheus histograms are.
+
+    ``bounds`` are ascending and end with infinity; ``counts`` are cumulative, so ``counts[-1]`` is the total.
+    Counts may be fractional: Prometheus extrapolates increases.
+    """
+
+    bounds: tuple[float, ...]
+    counts: tuple[float, ...]
+    sum: float
+    """Sum of the observations (seconds or tokens)."""
+
+    def __post_init__(self) -> None:
+        if len(self.bounds) != len(self.counts) or not self.bounds or self.bounds[-1] != math.inf:
+            raise ValueError("a histogram has one count per bound and its last bound is +Inf")
+        if any(b <= a for a, b in pairwise(self.bounds)) or any(b < a for a, b in pairwise(self.counts)):
+            raise ValueError("bounds ascend and cumulative counts never fall")
+
+    @property
+    def total(self) -> float:
+        """Number of observations."""
+        return self.counts[-1]
+
+    @property
+    def mean(self) -> float | None:
+        """Mean of the observations; None without any."""
+        return self.sum / self.total if self.total > 0 else None
+
+    def quantile(self, q: float) -> Interval | None:
+        """Return where the ``q`` quantile lies; None without observations."""
+        if self.total <= 0:
+            return None
+        rank = q * self.total
+        index = bisect_left(self.counts, rank)
+        index = min(index, len(self.bounds) - 1)
+        while index > 0 and self.counts[index] <= self.counts[index - 1]:
+            index -= 1
+        low = self.bounds[index - 1] if index else 0.0
+        high = self.bounds[index]
+        below = self.counts[index - 1] if index else 0.0
+        inside = self.counts[index] - below
+        if math.isinf(high):
+            return Interval(low, high, low)
+        share = (rank - below) / inside if inside > 0 else 1.0
+        return Interval(low, high, low + (high - low) * min(max(share, 0.0), 1.0))
+
+    def count_at_most(self, threshold: float) -> tuple[float, float]:
+        """Return the least and the most observations that can be ``<= threshold``, as the buckets allow."""
+        index = bisect_left(self.bounds, threshold)
+        if self.bounds[index] == threshold:
+            return self.counts[index], self.counts[index]
+        return (self.counts[index - 1] if index else 0.0), self.counts[index]
+
+
+Distribution = Histogram | Zero | Unknown
+"""A histogram of the window, a proved absence of requests, or no data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How many of the pool's ready pods answered with fresh samples."""
+
+    answered: int
+    expected: int
+
+    @property
+    def complete(self) -> bool:
+        """Every ready pod answered."""
+        return self.answered >= self.expected
+
+
+_NO_DATA = Unknown("not measured")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Everything telemetry says of one pool over one window."""
+
+    window: float
+    """Seconds over which rates and histograms are taken."""
+    coverage: Coverage
+    running: Signal = _NO_DATA
+    """Sequences being served, all replicas together."""
+    waiting: Signal = _NO_DATA
+    """Requests waiting inside the engines, all replicas together."""
+    kv_usage: Signal = _NO_DATA
+    """Mean KV-cache use of the replicas, 0 to 1."""
+    request_rate: Signal = _NO_DATA
+    """Requests finished per second (arrivals are in :class:`RouterLoad`)."""
+    prompt_token_rate: Signal = _NO_DATA
+    """Prompt tokens per second, cached ones included."""
+    output_token_rate: Signal = _NO_DATA
+    """Generated tokens per second."""
+    prefix_hit_share: Signal = _NO_DATA
+    """Share of prompt tokens found in the prefix cache, 0 to 1."""
+    preemption_rate: Signal = _NO_DATA
+    """Preemptions per second."""
+    rejection_rate: Signal = _NO_DATA
+    """Requests per second that engines refused with 503."""
+    flops_utilization: Signal = _NO_DATA
+    """Estimated FLOP/s per accelerator, from vLLM's counters (divide by the peak for MFU)."""
+    bytes_rate: Signal = _NO_DATA
+    """Estimated bytes per second read and written per accelerator (divide by the bandwidth for MBU)."""
+    prompt_tokens: Distribution = _NO_DATA
+    """Prompt lengths."""
+    output_tokens: Distribution = _NO_DATA
+    """Output lengths."""
+    ttft: Distribution = _NO_DATA
+    tpot: Distribution = _NO_DATA
+    itl: Distribution = _NO_DATA
+    e2e: Distribution = _NO_DATA
+    queue_time: Distribution = _NO_DATA
+
+
+@dataclass(frozen=True, slots=True)
+class RouterLoad:
+    """What the tier's routers say: arrivals are counted here, not at completion."""
+
+    coverage: Coverage
+    arrival_rate: Signal = _NO_DATA
+    """Requests dispatched per second, retries included."""
+    unserved: Signal = _NO_DATA
+    """Requests in the window that found no engine: the call to wake a tier at zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierLoad:
+    """All telemetry of one tier."""
+
+    pools: dict[str, Load] = field(default_factory=dict)
+    router: RouterLoad = RouterLoad(Coverage(0, 0))

@@ -1,0 +1,103 @@
+"""What is seen and what is to be done: the two ends of ``reconcile.plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from servingtiers.core.config import OperatorConfig
+from servingtiers.core.signals import TierLoad
+
+__all__ = ["Event", "JsonObject", "Member", "Observed", "Plan", "Ref", "Verb", "Write"]
+
+JsonObject = dict[str, Any]
+"""A Kubernetes object as JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Names one object."""
+
+    api_version: str
+    kind: str
+    namespace: str
+    name: str
+
+    @classmethod
+    def of(cls, obj: Mapping[str, Any]) -> Ref:
+        """Return the reference of an object."""
+        meta = obj["metadata"]
+        return cls(obj["apiVersion"], obj["kind"], meta.get("namespace", ""), meta["name"])
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One tier and everything that belongs to it."""
+
+    raw: JsonObject
+    """The ServingTier as the API server sent it."""
+    objects: tuple[JsonObject, ...]
+    """Objects that carry the tier's labels or bear a name the tier would use, managedFields included."""
+    pods: tuple[JsonObject, ...]
+    """Pods with the tier's labels."""
+    load: TierLoad = field(default_factory=TierLoad)
+    autoscalers: tuple[JsonObject, ...] = ()
+    """HorizontalPodAutoscalers of the namespace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """The members of one reconcile key (one tier; a group of tiers that lend to each other) at one moment."""
+
+    now: float
+    """Unix time, seconds."""
+    config: OperatorConfig
+    members: tuple[Member, ...]
+
+
+class Verb(StrEnum):
+    """How a write reaches the API server."""
+
+    CREATE = "create"
+    """POST: a 409 means somebody else's object, which is never adopted."""
+    APPLY = "apply"
+    """Server-side apply with ``metadata.uid``: another object of the same name is a 422 and never touched."""
+    DELETE = "delete"
+    """DELETE with a uid precondition."""
+    STATUS = "status"
+    """Server-side apply of the status subresource."""
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One mutating request."""
+
+    verb: Verb
+    body: JsonObject
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One Kubernetes event on a tier."""
+
+    regarding: JsonObject
+    type: str
+    """Normal or Warning."""
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do about an observation: writes in order, then events."""
+
+    writes: tuple[Write, ...]
+    events: tuple[Event, ...]
+    recheck_after: float
+    """Seconds until the members should be looked at again even if nothing changes."""
