@@ -67,6 +67,8 @@ class Verb(StrEnum):
     """POST: a 409 means somebody else's object, which is never adopted."""
     APPLY = "apply"
     """Server-side apply with ``metadata.uid``: another object of the same name is a 422 and never touched."""
+    FIELDS = "fields"
+    """Rewrite managedFields at the very resourceVersion read: once, before an object's first apply."""
     DELETE = "delete"
     """DELETE with a uid precondition."""
     STATUS = "status"
