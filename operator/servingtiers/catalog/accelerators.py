@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
@@ -32,7 +32,7 @@ class Accelerator:
     """Device memory, GiB."""
     bandwidth_gb_s: float
     """Memory bandwidth, GB/s (10^9 bytes)."""
-    tflops: Mapping[str, float]
+    tflops: Mapping[str, float] = field(hash=False)
     """Dense tensor throughput in TFLOP/s (TOP/s for integers) by data type: bf16, fp8, int8, int4."""
     interconnect: str
     """What joins the GPUs of one node: ``nvlink4``, ``pcie4`` …"""

@@ -81,7 +81,9 @@ class ModelShape:
     def __post_init__(self) -> None:
         for label in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary"):
             if getattr(self, label) < 1:
-                raise CatalogError(f"{self.name}: {label} must be at least 1: correct the model's config.json")
+                raise CatalogError(
+                    f"{self.name}: {label} must be at least 1: correct the model's config.json"
+                )
         if self.heads % self.kv_heads:
             raise CatalogError(
                 f"{self.name}: {self.heads} heads cannot share {self.kv_heads} KV heads evenly: "
@@ -255,7 +257,9 @@ def model(name: str) -> ModelShape:
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CatalogError(f"{path} is not readable JSON ({error}): give a Hugging Face config.json") from error
+            raise CatalogError(
+                f"{path} is not readable JSON ({error}): give a Hugging Face config.json"
+            ) from error
         if not isinstance(document, dict):
             raise CatalogError(f"{path} holds no JSON object: give a Hugging Face config.json")
         return model_from_config(str(path), document)
@@ -294,19 +298,25 @@ def model_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
                 raise CatalogError(f"{name}: {key} is {value!r}, not an integer: correct the config.json")
             return value
         if default is None:
-            raise CatalogError(f"{name}: config.json lacks {keys[0]}: give a decoder-only transformer's config")
+            raise CatalogError(
+                f"{name}: config.json lacks {keys[0]}: give a decoder-only transformer's config"
+            )
         return default
 
     layers = number("num_hidden_layers", "n_layer", "num_layers")
     hidden = number("hidden_size", "n_embd", "d_model")
     heads = number("num_attention_heads", "n_head")
     if heads < 1 or hidden < 1:
-        raise CatalogError(f"{name}: hidden_size and num_attention_heads must be positive: correct the config.json")
+        raise CatalogError(
+            f"{name}: hidden_size and num_attention_heads must be positive: correct the config.json"
+        )
     kv_heads = number("num_key_value_heads", default=heads)
     head_dim = number("head_dim", default=hidden // heads)
     dense_intermediate = number("intermediate_size", "n_inner", default=4 * hidden)
     experts = number("num_local_experts", "num_experts", "n_routed_experts", default=0)
-    intermediate = number("moe_intermediate_size", default=dense_intermediate) if experts else dense_intermediate
+    intermediate = (
+        number("moe_intermediate_size", default=dense_intermediate) if experts else dense_intermediate
+    )
     mla = None
     if config.get("kv_lora_rank"):
         mla = LatentAttention(

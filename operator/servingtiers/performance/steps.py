@@ -122,7 +122,8 @@ class StepGrid:
     context_axis: tuple[float, ...]
     """Mean KV tokens of a decoding sequence, strictly increasing, beginning at 0."""
     decode_ms: tuple[tuple[float, ...], ...]
-    """Milliseconds of a pure decode step, ``[batch][context]``; rises along both axes."""
+    """Milliseconds of a pure decode step, ``[batch][context]``; rises along both axes. At context 0 stands the step
+    without its decode attention and whatever else a decoding sequence costs; a real context is at least 1."""
     token_axis: tuple[float, ...]
     """Tokens in a step that holds prompt tokens, strictly increasing."""
     token_ms: tuple[float, ...]

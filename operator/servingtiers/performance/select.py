@@ -1,0 +1,253 @@
+"""One door to step models: the best source there is for a model on an accelerator.
+
+A profile measured by the user comes first, then a shipped table of the same shape, then the calibrated
+roofline, then the default roofline. What a table or profile does not cover (another weight or KV data type) is
+reached by scaling it with the ratio of two rooflines, with a wider band. Speculative decoding transforms
+whatever was found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from servingtiers.catalog.models import KV_BYTES, WEIGHT_BYTES, ModelShape
+from servingtiers.catalog.names import CatalogError
+from servingtiers.performance.roofline import Roofline, constants_for
+from servingtiers.performance.speculation import Speculation, with_speculation
+from servingtiers.performance.steps import GridStepModel, SourceKind, StepGrid, StepSource
+from servingtiers.performance.tables import StepTable, find_table, grid_from_rows, hull_of
+
+if TYPE_CHECKING:
+    from servingtiers.catalog.accelerators import Accelerator
+    from servingtiers.performance.profile import Profile
+
+__all__ = ["DoesNotFitError", "kv_capacity_tokens", "step_model"]
+
+DEFAULT_MEMORY_UTILIZATION = 0.9
+"""Share of the device memory the shipped tables' engines were given (vLLM's --gpu-memory-utilization)."""
+
+
+class DoesNotFitError(CatalogError):
+    """The weights leave no room for a KV cache on this many accelerators."""
+
+
+def kv_capacity_tokens(
+    model: ModelShape,
+    accelerator: Accelerator,
+    *,
+    tensor_parallel: int = 1,
+    weights: str = "bf16",
+    kv_dtype: str = "bf16",
+    memory_utilization: float = DEFAULT_MEMORY_UTILIZATION,
+) -> int:
+    """Return how many tokens the KV cache of one replica holds.
+
+    ``(memory·utilisation - weights/tp - reserve) / (KV bytes per token / shards)`` on each accelerator. The
+    reserve (activations, graphs, communication buffers, the CUDA context) is 4.05 GB + 0.11 MB for each hidden
+    element, which reproduces the capacities listed in the shipped tables.
+
+    Raises:
+        DoesNotFitError: Nothing is left for the cache.
+    """
+    reserve = 4.05e9 + 1.1e5 * model.hidden
+    free = (
+        accelerator.memory_bytes * memory_utilization
+        - model.weight_bytes(weights) / tensor_parallel
+        - reserve
+    )
+    per_token = model.kv_bytes_per_token(kv_dtype) / model.kv_shards(tensor_parallel)
+    tokens = int(free / per_token)
+    if tokens < 16:  # one block
+        raise DoesNotFitError(
+            f"{model.name} in {weights} does not fit {tensor_parallel} x {accelerator.key}: "
+            f"weights {model.weight_bytes(weights) / tensor_parallel / 1e9:.1f} GB and {reserve / 1e9:.1f} GB of reserve "
+            f"on each against {accelerator.memory_bytes * memory_utilization / 1e9:.1f} GB; "
+            "raise the tensor parallelism, quantize, or choose a larger accelerator"
+        )
+    return tokens
+
+
+def step_model(
+    model: ModelShape,
+    accelerator: Accelerator,
+    *,
+    tensor_parallel: int = 1,
+    weights: str = "bf16",
+    kv_dtype: str = "bf16",
+    profile: Profile | None = None,
+    speculation: Speculation | None = None,
+    memory_utilization: float = DEFAULT_MEMORY_UTILIZATION,
+    use_tables: bool = True,
+) -> GridStepModel:
+    """Return the step model of one replica, from the best source there is.
+
+    Args:
+        model: The model's shape (:func:`servingtiers.catalog.models.model`).
+        accelerator: The GPU (:func:`servingtiers.catalog.accelerators.accelerator`).
+        tensor_parallel: GPUs of one replica.
+        weights: Data type of the weights: bf16, fp8, int8 or int4.
+        kv_dtype: Data type of the KV cache: bf16 or fp8.
+        profile: The user's own measurements of this very configuration; they win over everything.
+        speculation: Speculative decoding, if any.
+        memory_utilization: vLLM's ``--gpu-memory-utilization``.
+        use_tables: False to leave the shipped tables out and get the roofline.
+
+    Raises:
+        CatalogError: A data type is unknown, or the parallelism is impossible.
+        DoesNotFitError: The weights leave no room for a KV cache.
+    """
+    if weights not in WEIGHT_BYTES:
+        raise CatalogError(f"unknown weights data type {weights!r}: use one of {', '.join(WEIGHT_BYTES)}")
+    if kv_dtype not in KV_BYTES:
+        raise CatalogError(f"unknown KV cache data type {kv_dtype!r}: use one of {', '.join(KV_BYTES)}")
+    if tensor_parallel < 1 or model.heads % tensor_parallel:
+        raise CatalogError(
+            f"tensor parallelism {tensor_parallel} does not divide the {model.heads} heads of {model.name}: "
+            "choose 1, 2, 4 or 8"
+        )
+    if tensor_parallel > accelerator.gpus_per_node:
+        raise CatalogError(
+            f"tensor parallelism {tensor_parallel} exceeds the {accelerator.gpus_per_node} GPUs of a node of "
+            f"{accelerator.key}: lower it"
+        )
+    if not 0.0 < memory_utilization <= 1.0:
+        raise CatalogError(f"memory utilization {memory_utilization:g} must be above 0 and at most 1")
+    found = _base(model, accelerator, tensor_parallel, weights, kv_dtype, use_tables)
+    if profile is not None:
+        roofline, _, _ = _roofline(model, accelerator, tensor_parallel, weights, kv_dtype)
+        found = GridStepModel(
+            source=StepSource(SourceKind.PROFILE, profile.describe(), 5.0),
+            kv_capacity_tokens=profile.kv_capacity_tokens or found.kv_capacity_tokens,
+            grid=grid_from_rows(profile.rows, ideal_pair_ms=_ideal_pair_ms(roofline)),
+            hull=hull_of(profile.rows),
+        )
+    elif memory_utilization != DEFAULT_MEMORY_UTILIZATION:
+        found = replace(
+            found,
+            kv_capacity_tokens=kv_capacity_tokens(
+                model,
+                accelerator,
+                tensor_parallel=tensor_parallel,
+                weights=weights,
+                kv_dtype=kv_dtype,
+                memory_utilization=memory_utilization,
+            ),
+        )
+    return with_speculation(found, speculation) if speculation is not None else found
+
+
+def _ideal_pair_ms(roofline: Roofline) -> float:
+    return roofline.pair_ms * roofline.constants.mfu_attention
+
+
+def _roofline(
+    model: ModelShape, accelerator: Accelerator, tensor_parallel: int, weights: str, kv_dtype: str
+) -> tuple[Roofline, StepSource, bool]:
+    """Return the roofline, what may be said of it, and whether its constants were fitted to this GPU and type."""
+    constants, borrowed = constants_for(accelerator, weights)
+    roofline = Roofline(model, accelerator, constants, tensor_parallel, weights, kv_dtype)
+    worst = max(constants.decode_error_percent, constants.prefill_error_percent)
+    if borrowed or model.is_moe:
+        what = borrowed or "mixture of experts, not calibrated"
+        source = StepSource(SourceKind.ROOFLINE_DEFAULT, f"roofline with {what}", max(3.0 * worst, 30.0))
+    else:
+        detail = f"roofline fitted to {constants.fitted_to} for {accelerator.key} {weights}"
+        source = StepSource(SourceKind.ROOFLINE_CALIBRATED, detail, 2.0 * worst)
+    return roofline, source, not borrowed
+
+
+@lru_cache(maxsize=512)
+def _base(
+    model: ModelShape,
+    accelerator: Accelerator,
+    tensor_parallel: int,
+    weights: str,
+    kv_dtype: str,
+    use_tables: bool,
+) -> GridStepModel:
+    capacity = kv_capacity_tokens(
+        model, accelerator, tensor_parallel=tensor_parallel, weights=weights, kv_dtype=kv_dtype
+    )
+    target, source, _ = _roofline(model, accelerator, tensor_parallel, weights, kv_dtype)
+    if use_tables:
+        table = find_table(model, accelerator.key, weights, kv_dtype, tensor_parallel)
+        if table is not None:
+            return _from_table(table, target)
+        like = find_table(model, accelerator.key, weights, "bf16", tensor_parallel) or find_table(
+            model, accelerator.key, "bf16", "bf16", tensor_parallel
+        )
+        if like is not None:
+            base = Roofline(
+                model,
+                accelerator,
+                constants_for(accelerator, like.key.weights)[0],
+                tensor_parallel,
+                like.key.weights,
+                like.key.kv_dtype,
+            )
+            known = _from_table(like, base)
+            changed = [
+                f"{what} {theirs} to {ours}"
+                for what, theirs, ours in (
+                    ("weights", like.key.weights, weights),
+                    ("KV cache", like.key.kv_dtype, kv_dtype),
+                )
+                if theirs != ours
+            ]
+            return GridStepModel(
+                source=StepSource(
+                    SourceKind.TABLE,
+                    f"{known.source.detail}, scaled by the roofline from {' and '.join(changed)}",
+                    known.source.band_percent + 15.0,
+                ),
+                kv_capacity_tokens=capacity,
+                grid=scaled_grid(known.grid, base, target),
+                hull=known.hull,
+            )
+    return GridStepModel(source=source, kv_capacity_tokens=capacity, grid=target.grid(), hull=None)
+
+
+def _from_table(table: StepTable, roofline: Roofline) -> GridStepModel:
+    kind = "mixture of experts, unvalidated" if roofline.model.is_moe else "interpolated"
+    detail = (
+        f"table of {table.key.model} {table.key.weights} on {table.key.tensor_parallel} x {table.key.accelerator}, "
+        f"{table.engine}, {kind}"
+    )
+    return GridStepModel(
+        source=StepSource(SourceKind.TABLE, detail, 30.0 if roofline.model.is_moe else 10.0),
+        kv_capacity_tokens=table.kv_capacity_tokens,
+        grid=grid_from_rows(table.rows, ideal_pair_ms=_ideal_pair_ms(roofline)),
+        hull=hull_of(table.rows),
+    )
+
+
+def scaled_grid(known: StepGrid, base: Roofline, target: Roofline) -> StepGrid:
+    """Return a known grid times, point by point, the ratio of the target's roofline to its own.
+
+    What the roofline gets wrong for both alike cancels. Decode attention and the rest of the step are scaled
+    apart, so that each keeps its own ratio.
+    """
+
+    def rest_ratio(tokens: float) -> float:
+        mine = target.products_ms(tokens) + target.overhead_ms(tokens)
+        return mine / (base.products_ms(tokens) + base.overhead_ms(tokens))
+
+    kv_ratio = target.kv_read_ms(1.0) / base.kv_read_ms(1.0)
+    decode = []
+    for batch, row in zip(known.batch_axis, known.decode_ms, strict=True):
+        rest = row[0] * rest_ratio(batch)
+        decode.append(tuple(rest + (value - row[0]) * kv_ratio for value in row))
+    for index in range(1, len(decode)):
+        decode[index] = tuple(map(max, decode[index], decode[index - 1]))
+    tokens: list[float] = []
+    for count, value in zip(known.token_axis, known.token_ms, strict=True):
+        scaled = value * rest_ratio(count)
+        tokens.append(max(scaled, tokens[-1]) if tokens else scaled)
+    return replace(
+        known,
+        decode_ms=tuple(decode),
+        token_ms=tuple(tokens),
+        pair_ms=known.pair_ms * target.pair_ms / base.pair_ms,
+    )
