@@ -52,7 +52,7 @@ class Leadership:
         name: str,
         namespace: str,
         identity: str,
-        times: LeaseTimes = LeaseTimes(),  # noqa: B008 - frozen
+        times: LeaseTimes = LeaseTimes(),
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lock = LeaseLock(name, namespace, identity, api)
@@ -84,7 +84,7 @@ class Leadership:
 
     async def acquire(self) -> None:
         """Wait until this process leads."""
-        while not await self.attempt():
+        while not await self.attempt():  # noqa: ASYNC110 - a Lease is polled: it has no event to wait for
             await asyncio.sleep(self._times.retry)
         _log.info("leading as %s", self.identity)
 

@@ -1,0 +1,140 @@
+"""What the operator has seen of the cluster: a cache fed by watches, by its own writes and by relists.
+
+It only ever moves forward: an event that is older than what is held (a watch that lags behind our own write) is
+dropped. A watch may lose deletions (after a 410 Gone), so every kind is relisted every few minutes and compared
+by uid.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from servingtiers.core.state import JsonObject, Ref
+
+__all__ = ["Key", "Store", "key_of_tier"]
+
+Key = tuple[str, str]
+"""Namespace and name of a tier."""
+
+
+def key_of_tier(tier: Mapping[str, Any]) -> Key:
+    """Return the key of a ServingTier object."""
+    return tier["metadata"]["namespace"], tier["metadata"]["name"]
+
+
+def _version(obj: Mapping[str, Any]) -> int:
+    """Return the resource version; the API server promises since 1.35 that these may be compared."""
+    try:
+        return int(obj["metadata"]["resourceVersion"])
+    except (KeyError, ValueError):
+        return 0
+
+
+class Store:
+    """All watched objects, by reference and by the tier they belong to."""
+
+    def __init__(self, tier_label: str) -> None:
+        self._tier_label = tier_label
+        self.tiers: dict[Key, JsonObject] = {}
+        self._objects: dict[Ref, JsonObject] = {}
+        self._by_tier: dict[Key, set[Ref]] = defaultdict(set)
+        self._autoscalers: dict[str, dict[Ref, JsonObject]] = defaultdict(dict)
+
+    # -- tiers -------------------------------------------------------------------------------------------------
+
+    def see_tier(self, tier: JsonObject) -> bool:
+        """Take in a tier; return whether it is news."""
+        key = key_of_tier(tier)
+        held = self.tiers.get(key)
+        if held is not None and _version(held) >= _version(tier):
+            return False
+        self.tiers[key] = tier
+        return True
+
+    def forget_tier(self, tier: JsonObject) -> None:
+        """Drop a deleted tier, unless one of the same name has come since."""
+        key = key_of_tier(tier)
+        held = self.tiers.get(key)
+        if held is not None and held["metadata"]["uid"] == tier["metadata"]["uid"]:
+            del self.tiers[key]
+
+    # -- everything else ---------------------------------------------------------------------------------------
+
+    def see(self, obj: JsonObject) -> Key | None:
+        """Take in an object; return the key of the tier it belongs to when it is news."""
+        ref = Ref.of(obj)
+        if ref.kind == "HorizontalPodAutoscaler":
+            self._autoscalers[ref.namespace][ref] = obj
+            return None
+        held = self._objects.get(ref)
+        same = held is not None and held["metadata"].get("uid") == obj["metadata"].get("uid")
+        if held is not None and same and _version(held) >= _version(obj):
+            return None
+        key = self._key_of(obj)
+        if held is not None and (old := self._key_of(held)) is not None and old != key:
+            self._by_tier[old].discard(ref)
+        self._objects[ref] = obj
+        if key is not None:
+            self._by_tier[key].add(ref)
+        return key
+
+    def forget(self, obj: JsonObject) -> Key | None:
+        """Drop a deleted object, unless one of the same name has come since; return its tier's key."""
+        ref = Ref.of(obj)
+        if ref.kind == "HorizontalPodAutoscaler":
+            self._autoscalers[ref.namespace].pop(ref, None)
+            return None
+        held = self._objects.get(ref)
+        if held is None or held["metadata"].get("uid") != obj["metadata"].get("uid"):
+            return None
+        del self._objects[ref]
+        key = self._key_of(held)
+        if key is not None:
+            self._by_tier[key].discard(ref)
+            if not self._by_tier[key]:
+                del self._by_tier[key]
+        return key
+
+    def relist(self, kind: str, api_version: str, items: Iterable[JsonObject]) -> set[Key]:
+        """Replace what is held of one kind by a fresh list; return the keys of tiers that are affected."""
+        fresh = {Ref.of(obj): obj for obj in items}
+        affected: set[Key] = set()
+        stale = [
+            obj
+            for ref, obj in self._objects.items()
+            if (ref.kind, ref.api_version) == (kind, api_version)
+            and fresh.get(ref, {}).get("metadata", {}).get("uid") != obj["metadata"].get("uid")
+        ]
+        for obj in stale:
+            if (key := self.forget(obj)) is not None:
+                affected.add(key)
+        for obj in fresh.values():
+            if (key := self.see(obj)) is not None:
+                affected.add(key)
+        return affected
+
+    def relist_tiers(self, items: Iterable[JsonObject]) -> set[Key]:
+        """Replace the tiers by a fresh list; return the keys of those that are new, changed or gone."""
+        fresh = {key_of_tier(tier): tier for tier in items}
+        gone = {key for key in self.tiers if key not in fresh}
+        for key in gone:
+            del self.tiers[key]
+        return gone | {key for key, tier in fresh.items() if self.see_tier(tier)}
+
+    def belonging_to(self, key: Key) -> tuple[tuple[JsonObject, ...], tuple[JsonObject, ...]]:
+        """Return the tier's objects and its pods, each in a stable order."""
+        refs = sorted(self._by_tier.get(key, ()), key=str)
+        objects = [self._objects[ref] for ref in refs]
+        pods = tuple(obj for obj in objects if obj["kind"] == "Pod")
+        return tuple(obj for obj in objects if obj["kind"] != "Pod"), pods
+
+    def autoscalers(self, namespace: str) -> tuple[JsonObject, ...]:
+        """Return the HorizontalPodAutoscalers of a namespace."""
+        return tuple(self._autoscalers.get(namespace, {}).values())
+
+    def _key_of(self, obj: Mapping[str, Any]) -> Key | None:
+        meta = obj["metadata"]
+        name = meta.get("labels", {}).get(self._tier_label)
+        return (meta.get("namespace", ""), name) if name else None

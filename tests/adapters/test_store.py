@@ -1,0 +1,94 @@
+"""The cache of what was seen: only forward, compared by uid."""
+
+from servingtiers.adapters.store import Store
+
+LABEL = "servingtiers.io/tier"
+
+
+def obj(name="d", *, uid="u1", version=1, tier="chat", kind="Deployment"):
+    """Return a labelled object."""
+    return {
+        "apiVersion": "apps/v1",
+        "kind": kind,
+        "metadata": {
+            "name": name,
+            "namespace": "n",
+            "uid": uid,
+            "resourceVersion": str(version),
+            "labels": {LABEL: tier} if tier else {},
+        },
+    }
+
+
+def names(store, key=("n", "chat")):
+    """Return names and versions of a tier's objects."""
+    return [
+        (o["metadata"]["name"], int(o["metadata"]["resourceVersion"])) for o in store.belonging_to(key)[0]
+    ]
+
+
+def test_an_older_event_never_replaces_a_newer_object():
+    """A15: the watch lags behind our own write."""
+    store = Store(LABEL)
+    store.see(obj(version=5))
+
+    assert store.see(obj(version=4)) is None
+    assert names(store) == [("d", 5)]
+
+
+def test_a_late_deletion_of_the_predecessor_does_not_remove_the_successor():
+    """C5: deleted and made again under the same name."""
+    store = Store(LABEL)
+    store.see(obj(uid="new", version=9))
+
+    assert store.forget(obj(uid="old", version=8)) is None
+    assert names(store) == [("d", 9)]
+
+
+def test_a_successor_with_a_lower_version_is_taken_in():
+    """A24: after a restore from backup versions start over; the uid tells."""
+    store = Store(LABEL)
+    store.see(obj(uid="old", version=900))
+    store.see(obj(uid="new", version=3))
+
+    assert names(store) == [("d", 3)]
+
+
+def test_a_relist_finds_deletions_that_the_watch_missed():
+    """A17: Kopf keeps ghosts after a 410 Gone."""
+    store = Store(LABEL)
+    store.see(obj("a"))
+    store.see(obj("b", uid="u2"))
+
+    assert store.relist("Deployment", "apps/v1", [obj("a")]) == {("n", "chat")}
+    assert names(store) == [("a", 1)]
+
+
+def test_an_object_that_changes_its_tier_label_moves():
+    """No tier keeps an object that is no longer labelled as its own."""
+    store = Store(LABEL)
+    store.see(obj(version=1))
+
+    assert store.see(obj(version=2, tier="other")) == ("n", "other")
+    assert names(store) == []
+    assert names(store, ("n", "other")) == [("d", 2)]
+
+
+def test_pods_are_told_from_the_objects_the_operator_writes():
+    """Only the latter are compared with the plan."""
+    store = Store(LABEL)
+    store.see(obj("p", kind="Pod") | {"apiVersion": "v1"})
+    objects, pods = store.belonging_to(("n", "chat"))
+
+    assert (len(objects), len(pods)) == (0, 1)
+
+
+def test_a_relist_of_tiers_names_new_changed_and_gone_ones():
+    """Each of them must be reconciled."""
+    store = Store(LABEL)
+    for name, version in (("same", 1), ("changed", 1), ("gone", 1)):
+        store.see_tier(obj(name, version=version))
+
+    fresh = [obj("same", version=1), obj("changed", version=2), obj("new", version=1)]
+
+    assert store.relist_tiers(fresh) == {("n", "changed"), ("n", "new"), ("n", "gone")}
