@@ -12,7 +12,16 @@ from servingtiers.api.spec import PoolScaling, ScalingMode, ServingTierSpec
 from servingtiers.api.status import PoolMemory
 from servingtiers.core.signals import TierLoad
 
-__all__ = ["Binding", "Decision", "PoolFacts", "PoolRole", "TierDecision", "TierObservation"]
+__all__ = [
+    "Binding",
+    "Decision",
+    "PoolFacts",
+    "PoolRole",
+    "Targets",
+    "TierDecision",
+    "TierObservation",
+    "acts",
+]
 
 
 class PoolRole(StrEnum):
@@ -67,7 +76,12 @@ class PoolFacts:
     max_num_seqs: int = 0
     """Largest batch of one replica."""
     startup_seconds: float | None = None
-    """Median start-up time seen."""
+    """Median start-up time seen, seconds; None: none seen, or taken from the memory's list."""
+    settled_seconds: float | None = None
+    """Seconds since the newest ready pod became ready; None: not known, taken as long ago. Latencies of a window
+    that began before it still tell of the smaller pool."""
+    rps_per_replica: float | None = None
+    """Requests per second that the performance model says one replica carries at the SLO; None: unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +101,12 @@ class TierObservation:
     targets: Targets
     pools: tuple[PoolFacts, ...]
     load: TierLoad
+    """Loads by pool name; a pool that is missing is Unknown."""
     memory: dict[str, PoolMemory]
     """Pool name to what was remembered."""
-    rps_per_replica: float | None = None
-    """What the performance model says one replica carries at the SLO; None: unknown."""
+    watching_since: float | None = None
+    """Unix time since which this process has watched the tier without a break (its start, or the moment it became
+    leader). Holds never reach back before it: what was not watched was not low. None: the memory is trusted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +131,7 @@ class TierDecision:
 
     key: str
     decisions: tuple[Decision, ...]
+    """In the order they should be carried out: decode first up, prefill first down."""
     memory: dict[str, PoolMemory]
 
 

@@ -57,4 +57,5 @@ class TierSettings:
     router_policy: str
     router_policy_reason: str
     request_timeout_seconds: float
+    request_timeout_reason: str
     drain_seconds: float
