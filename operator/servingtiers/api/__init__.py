@@ -4,14 +4,9 @@ These models are the one source of truth: the CRD in ``crds/``, the chart's copy
 docs are generated from them.
 """
 
+from servingtiers.api.base import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from servingtiers.api.spec import ServingTier, ServingTierSpec, Tier
 from servingtiers.api.status import ServingTierStatus
-
-GROUP = "servingtiers.io"
-VERSION = "v1alpha1"
-API_VERSION = f"{GROUP}/{VERSION}"
-KIND = "ServingTier"
-PLURAL = "servingtiers"
 
 __all__ = [
     "API_VERSION",

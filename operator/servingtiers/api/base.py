@@ -9,20 +9,34 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 from pydantic.config import JsonDict
 
 __all__ = [
+    "API_VERSION",
+    "GROUP",
+    "KIND",
+    "PLURAL",
+    "VERSION",
     "DecimalString",
     "Duration",
     "Key",
     "Model",
     "Name",
+    "Quantity",
     "cel",
+    "duration_rule",
     "format_duration",
+    "key_rule",
     "parse_duration",
 ]
+
+GROUP = "servingtiers.io"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "ServingTier"
+PLURAL = "servingtiers"
 
 DURATION_PATTERN = r"^([0-9]{1,5}(h|m|s|ms|us)){1,4}$"
 _DURATION_PART = re.compile(r"([0-9]{1,5})(h|ms|us|m|s)")
@@ -63,15 +77,17 @@ def parse_duration(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """Return the shortest Gateway-API duration for ``seconds``, to the microsecond."""
-    micros = round(seconds * 1e6)
+    """Return a short Gateway-API duration for ``seconds``, rounded to at least two significant digits.
+
+    Whole microseconds below 10 ms, whole milliseconds below 10 s, whole seconds above; at most 99999h.
+    """
+    micros = min(round(seconds * 1e6), 99_999 * 3_600_000_000)
     if micros <= 0:
         return "0s"
-    if micros < 1_000:
+    if micros < 10_000 and micros % 1_000:
         return f"{micros}us"
     if micros < 10_000_000 and micros % 1_000_000:
-        millis = round(micros / 1_000)
-        return f"{millis}ms"
+        return f"{round(micros / 1_000)}ms"
     total = round(micros / 1e6)
     hours, rest = divmod(total, 3600)
     minutes, secs = divmod(rest, 60)
@@ -79,26 +95,86 @@ def format_duration(seconds: float) -> str:
     return "".join(f"{value}{unit}" for value, unit in parts if value)
 
 
-_POSITIVE = cel(
-    "duration(self) > duration('0s')",
-    "must be longer than 0s; write it like 500ms, 30s, 5m or 1h30m",
-)
+def duration_rule(low: str, high: str) -> JsonDict:
+    """Return what makes a `Duration` field bounded, for its ``json_schema_extra``.
+
+    The rule tests the pattern again, so that a malformed text gets this message and not an evaluation error.
+    """
+    return {
+        "x-kubernetes-validations": [
+            cel(
+                f"self.matches('{DURATION_PATTERN}') && duration(self) >= duration('{low}')"
+                f" && duration(self) <= duration('{high}')",
+                f"must be a duration from {low} to {high}: write it like 500ms, 30s, 5m or 1h30m",
+            )
+        ]
+    }
+
+
+def key_rule(pattern: str, max_length: int, message: str, *more: JsonDict) -> JsonDict:
+    """Return what bounds the keys of a map, for its ``json_schema_extra``: OpenAPI v3.0 cannot say it.
+
+    Args:
+        pattern: What every key must match.
+        max_length: Most characters of a key.
+        message: States the mend.
+        more: Further rules of the same map.
+    """
+    keys = cel(f"self.all(k, k.size() <= {max_length} && k.matches('{pattern}'))", message)
+    return {"x-kubernetes-validations": [keys, *more]}
+
 
 Duration = Annotated[
     str,
     Field(
         pattern=DURATION_PATTERN,
         min_length=2,
-        max_length=24,
-        json_schema_extra={"x-kubernetes-validations": [_POSITIVE]},
+        max_length=28,
+        json_schema_extra=duration_rule("1us", "8760h"),
     ),
 ]
 """A positive duration such as ``500ms`` or ``1h30m``."""
 
-DecimalString = Annotated[str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,6})?$", max_length=16)]
-"""A non-negative decimal number as a string, such as ``"20"`` or ``"0.5"``."""
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=253)]
+def _from_integer(value: object) -> object:
+    """Turn an integer into its text: people write ``cpu: 4`` and ``requestsPerSecond: 20``."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value
+
+
+DECIMAL_PATTERN = r"^[0-9]{1,9}([.][0-9]{1,6})?$"
+DecimalString = Annotated[
+    str,
+    Field(
+        pattern=DECIMAL_PATTERN,
+        max_length=16,
+        json_schema_extra={"x-kubernetes-int-or-string": True, "minimum": 0, "maximum": 999_999_999},
+    ),
+    BeforeValidator(_from_integer),
+]
+"""A non-negative decimal number, such as ``20`` or ``"0.5"``: a string where it has a fraction."""
+
+QUANTITY_PATTERN = r"^[0-9]{1,12}([.][0-9]{1,6})?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
+Quantity = Annotated[
+    str,
+    Field(
+        pattern=QUANTITY_PATTERN,
+        max_length=32,
+        json_schema_extra={"x-kubernetes-int-or-string": True, "minimum": 0, "maximum": 999_999_999_999},
+    ),
+    BeforeValidator(_from_integer),
+]
+"""A Kubernetes quantity, such as ``4``, ``"500m"`` or ``"16Gi"``."""
+
+Name = Annotated[
+    str,
+    Field(
+        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
+        min_length=1,
+        max_length=253,
+    ),
+]
 """The name of a Kubernetes object in the tier's own namespace."""
 
 Key = Annotated[str, Field(pattern=r"^[-._a-zA-Z0-9]+$", min_length=1, max_length=253)]

@@ -9,9 +9,20 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, StrictBool
+from pydantic.config import JsonDict
 
-from servingtiers.api.base import DecimalString, Duration, Key, Model, Name, cel
+from servingtiers.api.base import (
+    DecimalString,
+    Duration,
+    Key,
+    Model,
+    Name,
+    Quantity,
+    cel,
+    duration_rule,
+    key_rule,
+)
 from servingtiers.api.status import ServingTierStatus
 
 __all__ = [
@@ -119,6 +130,8 @@ class SecretKeyRef(Model):
     key: Key = "token"
     """Key inside the Secret."""
 
+    model_config = {"json_schema_extra": {"x-kubernetes-map-type": "atomic"}}
+
 
 class HuggingFaceSource(Model):
     """Download from the Hugging Face hub at start-up."""
@@ -167,15 +180,17 @@ class ModelSource(Model):
 
 
 class CacheClaim(Model):
-    """Name of the claim."""
+    """A claim in the tier's namespace."""
 
     claim_name: Name
+    """Name of the claim; ReadWriteMany when there is more than one replica."""
 
 
 class CacheVolume(Model):
     """A claim that keeps downloaded weights between restarts."""
 
     persistent_volume_claim: CacheClaim
+    """The claim that holds the cache."""
 
 
 class ModelSpec(Model):
@@ -196,7 +211,7 @@ class ModelSpec(Model):
         None
     )
     """Name that clients use in requests; `name` when left out."""
-    trust_remote_code: bool = False
+    trust_remote_code: StrictBool = False
     """Run Python code that the model repository ships. Needs a 40-hex `revision` and the operator's permission."""
     source: ModelSource = ModelSource(hugging_face=HuggingFaceSource())
     """Where the weights come from."""
@@ -225,10 +240,15 @@ class LatencyTargets(Model):
     """Latency that at most the named share of requests may exceed."""
 
     p50: Duration | None = None
+    """50 % of requests may take longer than this."""
     p90: Duration | None = None
+    """10 % of requests may take longer than this."""
     p95: Duration | None = None
+    """5 % of requests may take longer than this."""
     p99: Duration | None = None
+    """1 % of requests may take longer than this."""
     p999: Duration | None = None
+    """0.1 % of requests may take longer than this."""
 
     model_config = {
         "json_schema_extra": {
@@ -249,7 +269,7 @@ class LatencyTargets(Model):
 class SloSpec(Model):
     """Service-level objectives: `ttft.p99: T` means at most 1 % of requests exceed T over the window."""
 
-    window: Duration = "24h"
+    window: Annotated[Duration, Field(json_schema_extra=duration_rule("1h", "720h"))] = "24h"
     """Attainment and error budget are over this window, 1h to 720h."""
     ttft: LatencyTargets | None = None
     """Time to first token."""
@@ -260,25 +280,13 @@ class SloSpec(Model):
     e2e: LatencyTargets | None = None
     """Whole request."""
 
-    model_config = {
-        "json_schema_extra": {
-            "x-kubernetes-validations": [
-                cel(
-                    "duration(self.window) >= duration('1h') && duration(self.window) <= duration('720h')",
-                    "window must be from 1h to 720h",
-                    field_path=".window",
-                )
-            ]
-        }
-    }
-
 
 class TokenLengths(Model):
     """Length of prompts or outputs, tokens."""
 
-    mean: Annotated[int, Field(ge=1, le=10_000_000)]
+    mean: Annotated[int, Field(strict=True, ge=1, le=10_000_000)]
     """Mean length."""
-    p95: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    p95: Annotated[int, Field(strict=True, ge=1, le=10_000_000)] | None = None
     """95th percentile; taken as 2.5 × mean when left out."""
 
     model_config = {
@@ -303,7 +311,7 @@ class WorkloadSpec(Model):
     """Prompt lengths."""
     output_tokens: TokenLengths | None = None
     """Output lengths."""
-    prefix_hit_percent: Annotated[int, Field(ge=0, le=100)] = 0
+    prefix_hit_percent: Annotated[int, Field(strict=True, ge=0, le=100)] = 0
     """Share of prompt tokens found in the prefix cache."""
 
 
@@ -319,7 +327,7 @@ class HardwareSpec(Model):
     ) = None
     """Allowed accelerators by catalogue key, such as `h100-sxm-80gb`; the cheapest that can meet the SLO is chosen.
     Left out: every accelerator that the operator's configuration binds to this cluster."""
-    tensor_parallel: Annotated[int, Field(ge=1, le=64)] | None = None
+    tensor_parallel: Annotated[int, Field(strict=True, ge=1, le=64)] | None = None
     """Accelerators per replica. Left out: the smallest that fits (Latency: the cheapest that meets the SLO)."""
     on_shortage: OnShortage = OnShortage.WAIT
     """What to do when the chosen accelerator cannot be scheduled."""
@@ -330,7 +338,7 @@ class SpeculativeSpec(Model):
 
     method: SpeculativeMethod
     """How draft tokens are proposed."""
-    num_speculative_tokens: Annotated[int, Field(ge=1, le=16)] = 3
+    num_speculative_tokens: Annotated[int, Field(strict=True, ge=1, le=16)] = 3
     """Draft tokens per step."""
     model: (
         Annotated[
@@ -354,6 +362,12 @@ class SpeculativeSpec(Model):
     }
 
 
+_FLAG = r"^[a-z][a-z0-9-]*$"
+_FLAG_VALUE = r"^([^\x00-\x1f\x7f-][^\x00-\x1f\x7f]*)?$"  # no leading dash: it would be read as a flag
+_VARIABLE = r"^[A-Z][A-Z0-9_]*$"
+_TEXT = r"^[^\x00-\x08\x0b-\x1f\x7f]*$"  # tabs and line ends are the only control characters
+
+
 class EngineSpec(Model):
     """Settings of vLLM; what is left open is chosen for the tier and shown in `status.effective`."""
 
@@ -363,21 +377,21 @@ class EngineSpec(Model):
     """Data type of what is not quantized."""
     kv_cache_dtype: KvCacheDtype = KvCacheDtype.AUTO
     """Data type of the KV cache."""
-    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] | None = None
+    max_num_seqs: Annotated[int, Field(strict=True, ge=1, le=4096)] | None = None
     """Largest batch (sequences in flight per replica)."""
-    max_num_batched_tokens: Annotated[int, Field(ge=32, le=262_144)] | None = None
+    max_num_batched_tokens: Annotated[int, Field(strict=True, ge=32, le=262_144)] | None = None
     """Token budget of one engine step."""
-    max_model_len: Annotated[int, Field(ge=16, le=10_000_000)] | None = None
+    max_model_len: Annotated[int, Field(strict=True, ge=16, le=10_000_000)] | None = None
     """Longest prompt plus output, tokens."""
     attention_backend: AttentionBackend | None = None
     """Attention kernels."""
     speculative: SpeculativeSpec | None = None
     """Speculative decoding."""
-    priority_scheduling: bool = False
+    priority_scheduling: StrictBool = False
     """Serve requests by their `priority` field, lower first. Needs a trusted gateway in front: clients set the field."""
-    max_queued_requests: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    max_queued_requests: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] | None = None
     """Requests in flight per replica (waiting and running) beyond which the engine answers 503."""
-    gpu_memory_utilization_percent: Annotated[int, Field(ge=10, le=99)] | None = None
+    gpu_memory_utilization_percent: Annotated[int, Field(strict=True, ge=10, le=99)] | None = None
     """Share of accelerator memory that vLLM takes; 90 when left out."""
     image: (
         Annotated[str, Field(pattern=r"^[a-zA-Z0-9][A-Za-z0-9._:/@-]*$", min_length=3, max_length=512)] | None
@@ -388,10 +402,15 @@ class EngineSpec(Model):
     extra_args: (
         Annotated[
             dict[
-                Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=64)],
-                Annotated[str, Field(pattern=r"^([^-].*)?$", max_length=1024)],
+                Annotated[str, Field(pattern=_FLAG, max_length=64)],
+                Annotated[str, Field(pattern=_FLAG_VALUE, max_length=1024)],
             ],
-            Field(max_length=32),
+            Field(
+                max_length=32,
+                json_schema_extra=key_rule(
+                    _FLAG, 64, "write flags in lower case without their dashes, such as block-size"
+                ),
+            ),
         ]
         | None
     ) = None
@@ -400,10 +419,15 @@ class EngineSpec(Model):
     env: (
         Annotated[
             dict[
-                Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$", max_length=128)],
-                Annotated[str, Field(max_length=1024)],
+                Annotated[str, Field(pattern=_VARIABLE, max_length=128)],
+                Annotated[str, Field(pattern=_TEXT, max_length=1024)],
             ],
-            Field(max_length=32),
+            Field(
+                max_length=32,
+                json_schema_extra=key_rule(
+                    _VARIABLE, 128, "write variables in upper case, such as VLLM_LOGGING_LEVEL"
+                ),
+            ),
         ]
         | None
     ) = None
@@ -413,15 +437,15 @@ class EngineSpec(Model):
 class PoolScaling(Model):
     """Bounds and pace of a pool."""
 
-    min_replicas: Annotated[int, Field(ge=0, le=1000)] = 1
+    min_replicas: Annotated[int, Field(strict=True, ge=0, le=1000)] = 1
     """Fewest replicas; 0 allows scale to zero after `idleAfter`."""
-    max_replicas: Annotated[int, Field(ge=1, le=1000)] = 8
+    max_replicas: Annotated[int, Field(strict=True, ge=1, le=1000)] = 8
     """Most replicas."""
-    max_waiting_per_replica: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    max_waiting_per_replica: Annotated[int, Field(strict=True, ge=1, le=100_000)] | None = None
     """Waiting requests per replica that call for another replica."""
-    idle_after: Duration | None = None
+    idle_after: Annotated[Duration, Field(json_schema_extra=duration_rule("1s", "720h"))] | None = None
     """Scale to zero after this long without a request; needs `minReplicas: 0`."""
-    scale_down_hold: Duration | None = None
+    scale_down_hold: Annotated[Duration, Field(json_schema_extra=duration_rule("1s", "24h"))] | None = None
     """How long less must suffice before replicas go; 1.25 × the median start-up within 60–300 s when left out."""
 
     model_config = {
@@ -436,12 +460,6 @@ class PoolScaling(Model):
                     "!has(self.idleAfter) || self.minReplicas == 0",
                     "idleAfter needs minReplicas: 0; set it or remove idleAfter",
                     field_path=".idleAfter",
-                ),
-                cel(
-                    "!has(self.scaleDownHold) || (duration(self.scaleDownHold) >= duration('1s')"
-                    " && duration(self.scaleDownHold) <= duration('24h'))",
-                    "scaleDownHold must be from 1s to 24h",
-                    field_path=".scaleDownHold",
                 ),
             ]
         }
@@ -475,7 +493,7 @@ class Disaggregation(Model):
     """Engines that generate; scaled on TPOT."""
     transfer: TransferSpec = TransferSpec()
     """How the KV cache is moved."""
-    elastic_roles: bool = False
+    elastic_roles: StrictBool = False
     """Experimental: let engines of equal hardware change their role by label."""
 
     model_config = {
@@ -511,25 +529,51 @@ class SharedPoolRef(Model):
 
     name: Name
     """Name of the TierPool in this namespace."""
-    priority: Annotated[int, Field(ge=0, le=1000)] = 100
+    priority: Annotated[int, Field(strict=True, ge=0, le=1000)] = 100
     """Higher borrows from lower."""
-    min_keep: Annotated[int, Field(ge=0, le=1000)] = 1
+    min_keep: Annotated[int, Field(strict=True, ge=0, le=1000)] = 1
     """Engines that are never lent."""
-    max_borrowed: Annotated[int, Field(ge=0, le=1000)] = 4
+    max_borrowed: Annotated[int, Field(strict=True, ge=0, le=1000)] = 4
     """Most engines borrowed at a time."""
+
+
+_RESOURCE = r"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$"
+_RESOURCE_RULE = key_rule(_RESOURCE, 128, "write resources by their Kubernetes name, such as cpu or memory")
+_ResourceName = Annotated[str, Field(pattern=_RESOURCE, max_length=128)]
 
 
 class ResourceList(Model):
     """Requests and limits of a container; accelerators are added by the operator."""
 
-    requests: Annotated[dict[str, Annotated[str, Field(max_length=32)]], Field(max_length=16)] | None = None
-    limits: Annotated[dict[str, Annotated[str, Field(max_length=32)]], Field(max_length=16)] | None = None
+    requests: (
+        Annotated[dict[_ResourceName, Quantity], Field(max_length=16, json_schema_extra=_RESOURCE_RULE)]
+        | None
+    ) = None
+    """What the scheduler reserves, such as `cpu: 4` and `memory: 32Gi`."""
+    limits: (
+        Annotated[dict[_ResourceName, Quantity], Field(max_length=16, json_schema_extra=_RESOURCE_RULE)]
+        | None
+    ) = None
+    """What the container may not exceed."""
+
+    model_config = {
+        "json_schema_extra": {
+            "x-kubernetes-validations": [
+                cel(
+                    "!has(self.requests) || !has(self.limits) || self.requests.all(k, !(k in self.limits)"
+                    " || !isQuantity(string(self.requests[k])) || !isQuantity(string(self.limits[k]))"
+                    " || !quantity(string(self.requests[k])).isGreaterThan(quantity(string(self.limits[k]))))",
+                    "a request must not exceed its limit: raise the limit or lower the request",
+                )
+            ]
+        }
+    }
 
 
 class RouterSpec(Model):
     """The tier's router; `{}` is the managed default (vllm-router)."""
 
-    replicas: Annotated[int, Field(ge=1, le=20)] = 2
+    replicas: Annotated[int, Field(strict=True, ge=1, le=20)] = 2
     """Router replicas."""
     policy: RouterPolicy | None = None
     """How requests are spread; chosen for the tier when left out."""
@@ -537,80 +581,143 @@ class RouterSpec(Model):
         Annotated[str, Field(pattern=r"^[a-zA-Z0-9][A-Za-z0-9._:/@-]*$", min_length=3, max_length=512)] | None
     ) = None
     """vllm-router image; the operator's default when left out."""
-    request_timeout: Duration | None = None
+    request_timeout: Annotated[Duration, Field(json_schema_extra=duration_rule("1s", "24h"))] | None = None
     """Longest time one request may take; from the SLO when left out."""
     resources: ResourceList | None = None
     """Requests and limits of the router."""
 
 
+_LABEL = r"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$"
+_LABEL_MEND = "write keys as name or prefix/name, such as example.com/team"
+_RESERVED = r"(^|[.])(servingtiers[.]io|kubernetes[.]io|k8s[.]io|llm-d[.]ai)/"
+_LabelKey = Annotated[str, Field(pattern=_LABEL, max_length=317)]
+_LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)?$", max_length=63)]
+
+
+def _own_keys(what: str) -> JsonDict:
+    """Return the rules of a map of labels or annotations that the user may add."""
+    reserved = cel(
+        f"self.all(k, !k.matches('{_RESERVED}'))",
+        f"{what} of servingtiers.io, kubernetes.io, k8s.io and llm-d.ai belong to their owners: remove them",
+    )
+    return key_rule(_LABEL, 317, _LABEL_MEND, reserved)
+
+
 class Toleration(Model):
     """A toleration of the pods."""
 
-    key: Annotated[str, Field(max_length=317)] | None = None
+    key: _LabelKey | None = None
+    """Taint key; left out with `operator: Exists`: every taint."""
     operator: Literal["Exists", "Equal"] | None = None
-    value: Annotated[str, Field(max_length=63)] | None = None
+    """Exists matches any value; Equal, also when left out, matches `value`."""
+    value: _LabelValue | None = None
+    """Taint value."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    toleration_seconds: Annotated[int, Field(ge=0)] | None = None
+    """Taint effect; every effect when left out."""
+    toleration_seconds: Annotated[int, Field(strict=True, ge=0, le=31_536_000)] | None = None
+    """How long a NoExecute taint is tolerated; for ever when left out."""
+
+    model_config = {
+        "json_schema_extra": {
+            "x-kubernetes-validations": [
+                cel(
+                    "has(self.key) || (has(self.operator) && self.operator == 'Exists')",
+                    "a toleration without key needs operator: Exists",
+                    field_path=".operator",
+                ),
+                cel(
+                    "!has(self.operator) || self.operator != 'Exists' || !has(self.value) || self.value == ''",
+                    "operator: Exists takes no value: remove value, or use Equal",
+                    field_path=".value",
+                ),
+                cel(
+                    "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+                    "tolerationSeconds needs effect: NoExecute",
+                    field_path=".tolerationSeconds",
+                ),
+            ]
+        }
+    }
 
 
 class TopologySpread(Model):
     """Spread the pool's pods over a topology; the selector is the pool's own."""
 
-    max_skew: Annotated[int, Field(ge=1, le=1000)] = 1
-    topology_key: Annotated[str, Field(min_length=1, max_length=317)]
+    max_skew: Annotated[int, Field(strict=True, ge=1, le=1000)] = 1
+    """Largest difference in pods between two places."""
+    topology_key: _LabelKey
+    """Node label that names the place, such as `topology.kubernetes.io/zone`."""
     when_unsatisfiable: Literal["DoNotSchedule", "ScheduleAnyway"] = "ScheduleAnyway"
+    """What to do with a pod that would break the spread."""
 
 
 class LocalObjectReference(Model):
     """The name of an object in the tier's namespace."""
 
     name: Name
-
-
-_LABEL_VALUE = Annotated[str, Field(pattern=r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$", max_length=63)]
-_LABEL_KEY = Annotated[str, Field(max_length=317)]
+    """Name of the object."""
 
 
 class PodOptions(Model):
     """What may be added to engine pods. There is no free pod template."""
 
-    labels: Annotated[dict[_LABEL_KEY, _LABEL_VALUE], Field(max_length=32)] | None = None
+    labels: (
+        Annotated[dict[_LabelKey, _LabelValue], Field(max_length=32, json_schema_extra=_own_keys("labels"))]
+        | None
+    ) = None
     """Labels; those of the operator, of Kubernetes and of llm-d cannot be set."""
     annotations: (
-        Annotated[dict[_LABEL_KEY, Annotated[str, Field(max_length=4096)]], Field(max_length=32)] | None
+        Annotated[
+            dict[_LabelKey, Annotated[str, Field(pattern=_TEXT, max_length=4096)]],
+            Field(max_length=32, json_schema_extra=_own_keys("annotations")),
+        ]
+        | None
     ) = None
-    """Annotations."""
+    """Annotations; those of the operator, of Kubernetes and of llm-d cannot be set."""
     resources: ResourceList | None = None
     """CPU and memory of the engine container."""
-    node_selector: Annotated[dict[_LABEL_KEY, _LABEL_VALUE], Field(max_length=16)] | None = None
+    node_selector: (
+        Annotated[
+            dict[_LabelKey, _LabelValue],
+            Field(max_length=16, json_schema_extra=key_rule(_LABEL, 317, _LABEL_MEND)),
+        ]
+        | None
+    ) = None
     """Node labels besides the accelerator's."""
-    tolerations: Annotated[list[Toleration], Field(max_length=16)] | None = None
+    tolerations: (
+        Annotated[
+            list[Toleration], Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "atomic"})
+        ]
+        | None
+    ) = None
     """Tolerations besides the accelerator's."""
     priority_class_name: Name | None = None
     """PriorityClass of the engine pods."""
-    image_pull_secrets: Annotated[list[LocalObjectReference], Field(max_length=8)] | None = None
+    image_pull_secrets: (
+        Annotated[
+            list[LocalObjectReference],
+            Field(
+                max_length=8,
+                json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+            ),
+        ]
+        | None
+    ) = None
     """Secrets to pull images with."""
-    topology_spread_constraints: Annotated[list[TopologySpread], Field(max_length=4)] | None = None
+    topology_spread_constraints: (
+        Annotated[
+            list[TopologySpread],
+            Field(
+                max_length=4,
+                json_schema_extra={
+                    "x-kubernetes-list-type": "map",
+                    "x-kubernetes-list-map-keys": ["topologyKey", "whenUnsatisfiable"],
+                },
+            ),
+        ]
+        | None
+    ) = None
     """Spreading over zones or nodes."""
-
-    model_config = {
-        "json_schema_extra": {
-            "x-kubernetes-validations": [
-                cel(
-                    "!has(self.labels) || self.labels.all(k, !k.matches("
-                    "'(^|[.])(servingtiers[.]io|kubernetes[.]io|k8s[.]io|llm-d[.]ai)/'))",
-                    "labels of servingtiers.io, kubernetes.io, k8s.io and llm-d.ai belong to their owners: remove them",
-                    field_path=".labels",
-                ),
-                cel(
-                    "!has(self.annotations) || self.annotations.all(k, !k.matches("
-                    "'(^|[.])(servingtiers[.]io|kubernetes[.]io|k8s[.]io|llm-d[.]ai)/'))",
-                    "annotations of servingtiers.io, kubernetes.io, k8s.io and llm-d.ai belong to their owners: remove them",
-                    field_path=".annotations",
-                ),
-            ]
-        }
-    }
 
 
 class ServingTierSpec(Model):
@@ -618,7 +725,7 @@ class ServingTierSpec(Model):
 
     tier: Tier
     """Latency, Balanced or Throughput: sets what is left open below."""
-    suspend: bool = False
+    suspend: StrictBool = False
     """Observe and report, change nothing."""
     model: ModelSpec
     """The model to serve."""
@@ -638,7 +745,7 @@ class ServingTierSpec(Model):
     """The tier's router."""
     pod: PodOptions | None = None
     """What is added to engine pods."""
-    drain_timeout: Duration = "60s"
+    drain_timeout: Annotated[Duration, Field(json_schema_extra=duration_rule("1s", "1h"))] = "60s"
     """How long an engine may finish running requests when it is stopped, 1s to 1h."""
 
     model_config = {
@@ -660,11 +767,6 @@ class ServingTierSpec(Model):
                 cel(
                     "!has(self.disaggregation) || !has(self.sharedPool)",
                     "sharedPool is for tiers with an aggregated pool: remove sharedPool or disaggregation",
-                ),
-                cel(
-                    "duration(self.drainTimeout) >= duration('1s') && duration(self.drainTimeout) <= duration('1h')",
-                    "drainTimeout must be from 1s to 1h",
-                    field_path=".drainTimeout",
                 ),
             ]
         }
