@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -19,9 +20,12 @@ __all__ = [
     "Load",
     "RouterLoad",
     "Signal",
+    "TierLoad",
     "Unknown",
     "Value",
     "Zero",
+    "merge",
+    "number",
 ]
 
 
@@ -83,19 +87,23 @@ class Histogram:
     """Requests of a window counted by cumulative upper bounds, as Prometheus histograms are.
 
     ``bounds`` are ascending and end with infinity; ``counts`` are cumulative, so ``counts[-1]`` is the total.
-    Counts may be fractional: Prometheus extrapolates increases.
+    Counts may be fractional: increases are extrapolated to the window.
     """
 
     bounds: tuple[float, ...]
     counts: tuple[float, ...]
     sum: float
     """Sum of the observations (seconds or tokens)."""
+    partial: bool = False
+    """True where some ready pods did not answer for the whole window: enough to grow on, never to shrink on."""
 
     def __post_init__(self) -> None:
         if len(self.bounds) != len(self.counts) or not self.bounds or self.bounds[-1] != math.inf:
             raise ValueError("a histogram has one count per bound and its last bound is +Inf")
         if any(b <= a for a, b in pairwise(self.bounds)) or any(b < a for a, b in pairwise(self.counts)):
             raise ValueError("bounds ascend and cumulative counts never fall")
+        if not (self.counts[0] >= 0 and math.isfinite(self.counts[-1]) and math.isfinite(self.sum)):
+            raise ValueError("counts and their sum are finite and counts are not negative")
 
     @property
     def total(self) -> float:
@@ -108,29 +116,94 @@ class Histogram:
         return self.sum / self.total if self.total > 0 else None
 
     def quantile(self, q: float) -> Interval | None:
-        """Return where the ``q`` quantile lies; None without observations."""
+        """Return where the ``q`` quantile lies; None without observations.
+
+        The estimate is that of Prometheus' ``histogram_quantile``: linear inside the bucket, from 0 in the first
+        one, and the highest finite bound where the quantile lies beyond it.
+
+        Raises:
+            ValueError: ``q`` is not within 0 and 1.
+        """
+        if not 0 <= q <= 1:
+            raise ValueError(f"{q} is no quantile: give one from 0 to 1")
         if self.total <= 0:
             return None
         rank = q * self.total
         index = bisect_left(self.counts, rank)
-        index = min(index, len(self.bounds) - 1)
-        while index > 0 and self.counts[index] <= self.counts[index - 1]:
-            index -= 1
-        low = self.bounds[index - 1] if index else 0.0
+        while self.counts[index] <= 0:  # q = 0: the least observation is in the first bucket that holds one
+            index += 1
+        low = self.bounds[index - 1] if index else min(0.0, self.bounds[0])
         high = self.bounds[index]
-        below = self.counts[index - 1] if index else 0.0
-        inside = self.counts[index] - below
         if math.isinf(high):
             return Interval(low, high, low)
-        share = (rank - below) / inside if inside > 0 else 1.0
+        below = self.counts[index - 1] if index else 0.0
+        share = (rank - below) / (self.counts[index] - below)
         return Interval(low, high, low + (high - low) * min(max(share, 0.0), 1.0))
 
     def count_at_most(self, threshold: float) -> tuple[float, float]:
-        """Return the least and the most observations that can be ``<= threshold``, as the buckets allow."""
+        """Return the least and the most observations that can be ``<= threshold``, as the buckets allow.
+
+        Both are the same where the threshold is a bucket's edge.
+        """
         index = bisect_left(self.bounds, threshold)
         if self.bounds[index] == threshold:
             return self.counts[index], self.counts[index]
         return (self.counts[index - 1] if index else 0.0), self.counts[index]
+
+    def bucket_around(self, threshold: float) -> tuple[float, float]:
+        """Return the edges that the buckets know on either side of ``threshold``; twice itself where it is one."""
+        index = bisect_left(self.bounds, threshold)
+        if self.bounds[index] == threshold:
+            return threshold, threshold
+        return (self.bounds[index - 1] if index else min(0.0, threshold)), self.bounds[index]
+
+    def scaled(self, factor: float) -> Histogram:
+        """Return the histogram with every count and the sum times ``factor`` (a finite number, 0 or more).
+
+        Scaling by ``interval / window`` gives the share of a sliding window that belongs to one tick.
+        """
+        return Histogram(self.bounds, tuple(c * factor for c in self.counts), self.sum * factor, self.partial)
+
+    def on_bounds(self, bounds: tuple[float, ...]) -> Histogram:
+        """Return the same observations counted by fewer bounds.
+
+        Args:
+            bounds: A subset of this histogram's bounds that ends with infinity.
+
+        Raises:
+            ValueError: A bound is not among this histogram's.
+        """
+        if bounds == self.bounds:
+            return self
+        at = dict(zip(self.bounds, self.counts, strict=True))
+        if not at.keys() >= set(bounds):
+            raise ValueError("counts are known at a histogram's own bounds only")
+        return Histogram(bounds, tuple(at[b] for b in bounds), self.sum, self.partial)
+
+
+def merge(histograms: Iterable[Histogram]) -> Histogram:
+    """Return all observations together, counted by the bounds that every histogram has.
+
+    Engines of different versions, or of different maximum lengths, count by different buckets: only what is known
+    of all of them is kept. The result is partial where one of the parts is.
+
+    Raises:
+        ValueError: There is nothing to merge.
+    """
+    parts = list(histograms)
+    if not parts:
+        raise ValueError("there is no histogram to merge")
+    bounds = parts[0].bounds
+    if any(part.bounds != bounds for part in parts):
+        common = set(bounds).intersection(*(part.bounds for part in parts))
+        bounds = tuple(sorted(common))
+    counts = zip(*(part.on_bounds(bounds).counts for part in parts), strict=True)
+    return Histogram(
+        bounds,
+        tuple(math.fsum(column) for column in counts),
+        math.fsum(part.sum for part in parts),
+        any(part.partial for part in parts),
+    )
 
 
 Distribution = Histogram | Zero | Unknown
@@ -182,6 +255,8 @@ class Load:
     """Estimated FLOP/s per accelerator, from vLLM's counters (divide by the peak for MFU)."""
     bytes_rate: Signal = _NO_DATA
     """Estimated bytes per second read and written per accelerator (divide by the bandwidth for MBU)."""
+    resets: int = 0
+    """Pods whose counters began anew within the window: their container restarted."""
     prompt_tokens: Distribution = _NO_DATA
     """Prompt lengths."""
     output_tokens: Distribution = _NO_DATA
