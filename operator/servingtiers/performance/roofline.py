@@ -54,13 +54,20 @@ class RooflineConstants:
     token_us: float
     """Cost of each token of a step in element-wise kernels, µs per layer and 10,000 hidden elements."""
     allreduce_us: float
-    """Latency of one all-reduce, µs."""
+    """Latency of one all-reduce of two GPUs, µs."""
     link_efficiency: float
-    """Share of the link bandwidth an all-reduce reaches, 0–1."""
+    """Share of the link bandwidth an all-reduce of two GPUs reaches, 0–1."""
+    allreduce_many_us: float
+    """Latency of one all-reduce of more than two GPUs, µs."""
+    link_efficiency_many: float
+    """Share of the link bandwidth an all-reduce of more than two GPUs reaches, 0–1. It is its own constant because
+    vLLM's one-shot all-reduce kernel serves at most two GPUs that are joined by PCIe only."""
     decode_error_percent: float = 30.0
     """Median absolute error of decode steps on models left out of the fit, per cent."""
     prefill_error_percent: float = 40.0
     """Median absolute error of prefill steps on models left out of the fit, per cent."""
+    mixed_error_percent: float = 40.0
+    """Median absolute error of mixed steps on models left out of the fit, per cent."""
     fitted_to: str = ""
     """Which measurements the constants were fitted to; empty for the uncalibrated default."""
 
@@ -76,6 +83,8 @@ DEFAULT_CONSTANTS = RooflineConstants(
     token_us=0.0,
     allreduce_us=10.0,
     link_efficiency=0.5,
+    allreduce_many_us=10.0,
+    link_efficiency_many=0.5,
 )
 """Generic constants for accelerators and data types nobody has measured."""
 
@@ -179,14 +188,18 @@ class Roofline:
     def products_ms(self, tokens: float) -> float:
         """Return the time of the linear layers for ``tokens`` tokens, milliseconds."""
         constants, tp = self.constants, self.tensor_parallel
-        memory = self.model.streamed_bytes(self.weights, tokens) / (
-            tp * constants.mbu * self.accelerator.bandwidth
+        memory = (
+            1e3
+            * self.model.streamed_bytes(self.weights, tokens)
+            / (tp * constants.mbu * self.accelerator.bandwidth)
         )
-        head = 2.0 * self.model.embedding_parameters
-        flops = 2.0 * self.model.active_linear_parameters
-        compute = flops / (tp * constants.mfu * self.accelerator.flops(self._compute_dtype))
-        compute += head / (tp * constants.mfu * self.accelerator.flops("bf16"))
-        return 1e3 * max(memory, compute * tokens)
+        return max(memory, self.compute_ms(tokens))
+
+    def compute_ms(self, tokens: float) -> float:
+        """Return the arithmetic part of the linear layers for ``tokens`` tokens, milliseconds."""
+        linear = 2.0 * self.model.active_linear_parameters / self.accelerator.flops(self._compute_dtype)
+        head = 2.0 * self.model.embedding_parameters / self.accelerator.flops("bf16")
+        return 1e3 * tokens * (linear + head) / (self.tensor_parallel * self.constants.mfu)
 
     def kv_read_ms(self, kv_tokens: float) -> float:
         """Return the time to read ``kv_tokens`` tokens of the KV cache once, milliseconds."""
@@ -211,8 +224,11 @@ class Roofline:
         total += model.layers * constants.token_us * tokens * model.hidden / 1e4
         if tp > 1:
             moved = 2.0 * (tp - 1) / tp * tokens * model.hidden * 2.0
-            link = self.accelerator.link_gb_s * 1e9 * constants.link_efficiency
-            total += 2.0 * model.layers * (constants.allreduce_us + 1e6 * moved / link)
+            many = tp > 2
+            link = self.accelerator.link_gb_s * 1e9
+            link *= constants.link_efficiency_many if many else constants.link_efficiency
+            latency = constants.allreduce_many_us if many else constants.allreduce_us
+            total += 2.0 * model.layers * (latency + 1e6 * moved / link)
         return total / 1e3
 
     def step_ms(self, prompt_tokens: float, pairs: float, decoding: float, kv_tokens: float) -> float:
