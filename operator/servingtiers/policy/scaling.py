@@ -1,0 +1,936 @@
+"""How many replicas: the first controller, target tracking with the manners of a good one.
+
+What it reads, per pool: how busy the engines are, what waits, how fast requests arrive at the routers, and the
+percentiles of the window. What it promises:
+
+* Growing needs little evidence, shrinking needs all of it: a signal that is Unknown never shrinks anything, and a
+  gap restarts the hold that precedes a scale-down.
+* Replicas that are on their way count as supply. A need is met once: the backlog that builds up while engines
+  start is not met a second time (otherwise feedback with a dead time of minutes winds up to the maximum).
+  Pods that cannot be scheduled are neither supply nor a reason to stop deciding.
+* Before a scale-down, one replica fewer must carry today's load with room to spare.
+* Where one request alone already misses its objective, more replicas are futile and none are added.
+* The pools of a disaggregated tier are decided together, and serve or sleep together.
+
+Everything remembered is in :class:`~servingtiers.api.status.PoolMemory`, which lives in the tier's status: a
+restart at worst restarts a hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+
+from servingtiers.api.base import format_duration, parse_duration
+from servingtiers.api.spec import Tier
+from servingtiers.api.status import PoolMemory
+from servingtiers.core.decisions import (
+    Binding,
+    Decision,
+    PoolFacts,
+    PoolRole,
+    TierDecision,
+    TierObservation,
+    acts,
+)
+from servingtiers.core.signals import (
+    Coverage,
+    Distribution,
+    Histogram,
+    Load,
+    Signal,
+    Unknown,
+    Value,
+    Zero,
+    number,
+)
+from servingtiers.core.times import from_time, to_time
+
+__all__ = ["QUANTILES", "TierManners", "decide", "hold_seconds", "manners"]
+
+QUANTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99, "p999": 0.999}
+"""Percentile names of the API to quantiles."""
+
+_SHRINK = 0.9
+"""One replica fewer must stay below this share of what would call for another: up and down never touch."""
+_LATENCY_SHRINK = 0.8
+"""Latency must be inside this share of its target before replicas go."""
+_LEAST_LATE = 3
+"""Fewer misses than this in a window are outliers: they are counted for the SLO, but start no engine."""
+_PACE_SECONDS = 60.0
+"""At most one replica or 10 % of the pool leaves in this time."""
+_FLAP_SECONDS = 1800.0
+"""A scale-up so soon after a scale-down says that the scale-down was too early."""
+_QUIET_SECONDS = 3600.0
+"""After such a scale-up nothing shrinks for so long: load that comes and goes keeps what its peaks need."""
+_DEFAULT_IDLE_SECONDS = 900.0
+_UNKNOWN_STARTUP_HOLD = 300.0
+_ASSUMED_STARTUP = 120.0
+"""Start-up of an engine until one was seen, seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierManners:
+    """How near to its limits a tier runs."""
+
+    utilization: float
+    """Share of a replica's batch and capacity that is planned to be used; the rest is headroom for the tail."""
+    waiting_per_replica: int
+    """Waiting requests per replica that call for another replica."""
+    drain_seconds: float
+    """In what time a backlog shall be worked off."""
+
+
+_MANNERS = {
+    Tier.LATENCY: TierManners(utilization=0.70, waiting_per_replica=2, drain_seconds=30.0),
+    Tier.BALANCED: TierManners(utilization=0.80, waiting_per_replica=8, drain_seconds=120.0),
+    Tier.THROUGHPUT: TierManners(utilization=0.95, waiting_per_replica=128, drain_seconds=600.0),
+}
+
+
+def manners(tier: Tier) -> TierManners:
+    """Return how near to its limits a tier runs."""
+    return _MANNERS[tier]
+
+
+def hold_seconds(pool: PoolFacts, memory: PoolMemory) -> tuple[float, str]:
+    """Return for how long fewer replicas must suffice before any go, seconds, and why so long.
+
+    What is taken away must be worth bringing back: the hold is 1.25 × the median start-up time of an engine
+    within 60–300 s, unless the user sets it.
+    """
+    if pool.scaling.scale_down_hold is not None:
+        return parse_duration(pool.scaling.scale_down_hold), "scaleDownHold"
+    start = _startup(pool, memory)
+    if start is None:
+        return _UNKNOWN_STARTUP_HOLD, "no start-up of an engine seen yet"
+    return min(
+        max(1.25 * start, 60.0), 300.0
+    ), f"1.25 × the median start-up of {_seconds(start)}, within 60–300 s"
+
+
+def decide(observations: tuple[TierObservation, ...], now: float) -> tuple[TierDecision, ...]:
+    """Decide the replicas of every pool of the given tiers.
+
+    Args:
+        observations: The tiers of one reconcile key. They are decided independently of each other.
+        now: Unix time, seconds.
+
+    Returns:
+        One decision per tier, in order, with what to remember.
+    """
+    return tuple(_decide_tier(observation, now) for observation in observations)
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """Replicas that one signal calls for."""
+
+    replicas: int
+    binding: Binding
+    reason: str
+    would_change: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Latency:
+    """How one objective stands in the window."""
+
+    metric: str
+    percentile: str
+    target: float
+    """Seconds that this pool may take; below the objective where another engine takes its part."""
+    observed: float | None
+    """Estimate of the percentile, seconds; None: no requests, or unknown."""
+    late: float
+    """Requests of the window that may have missed."""
+    unknown: str | None
+    """Why the percentile is unknown or incomplete; None: it is complete."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.percentile.replace('p999', 'p99.9')} {self.metric.upper()}"
+
+    @property
+    def missed(self) -> bool:
+        return self.observed is not None and self.observed > self.target and self.late >= _LEAST_LATE
+
+    @property
+    def roomy(self) -> bool:
+        return self.observed is None or self.observed <= _LATENCY_SHRINK * self.target
+
+
+@dataclass(frozen=True, slots=True)
+class _Capacity:
+    """What one replica carries."""
+
+    rps: float
+    source: str
+    modelled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """One pool with its signals, as the rules need them."""
+
+    pool: PoolFacts
+    memory: PoolMemory
+    load: Load
+    manners: TierManners
+    arrivals: Signal
+    latencies: tuple[_Latency, ...]
+
+    @property
+    def supply(self) -> int:
+        """Replicas that serve or are about to; what cannot be scheduled is none."""
+        return max(self.pool.ready, self.pool.replicas - self.pool.unschedulable)
+
+    @property
+    def coming(self) -> int:
+        """Replicas that can be scheduled, but do not serve yet."""
+        return max(0, self.supply - self.pool.ready)
+
+    @property
+    def waiting_limit(self) -> int:
+        given = self.pool.scaling.max_waiting_per_replica
+        return given if given is not None else self.manners.waiting_per_replica
+
+    def settled(self, seconds: float) -> bool:
+        """Whether the present replicas have been the serving ones for so long."""
+        since = self.pool.settled_seconds
+        return self.coming == 0 and (since is None or since >= seconds)
+
+    @property
+    def alone(self) -> bool:
+        """Every replica serves one request at most and nothing waits: load cannot be spread any thinner."""
+        running, waiting = number(self.load.running), number(self.load.waiting)
+        if running is None or waiting is None or self.pool.ready < 1 or not self.load.coverage.complete:
+            return False
+        return waiting == 0 and running <= self.pool.ready
+
+    @property
+    def drain_seconds(self) -> float:
+        """In what time a backlog shall be gone; no sooner than another engine could help."""
+        return max(self.manners.drain_seconds, _startup(self.pool, self.memory) or _ASSUMED_STARTUP)
+
+    def capacity(self) -> _Capacity | None:
+        """Return what one replica carries.
+
+        The performance model's figure, lowered where saturated engines show that they do less; saturated engines
+        alone give a figure too, idle ones cannot.
+        """
+        measured = None
+        rate, running, waiting = self.load.request_rate, number(self.load.running), number(self.load.waiting)
+        answered = min(self.load.coverage.answered, self.pool.ready)
+        if (
+            isinstance(rate, Value)
+            and running is not None
+            and waiting is not None
+            and answered > 0
+            and self.pool.max_num_seqs > 0
+            and self.settled(self.load.window)
+            and waiting >= answered
+            and running >= 0.8 * self.pool.max_num_seqs * answered
+        ):
+            measured = rate.value / answered
+        model = self.pool.rps_per_replica
+        if model is not None and model > 0 and (not measured or model <= measured):
+            return _Capacity(model, "the performance model", modelled=True)
+        if measured:
+            return _Capacity(measured, "what the saturated engines do", modelled=model is not None)
+        return None
+
+
+# --- one tier ---------------------------------------------------------------------------------------------------
+
+
+def _decide_tier(obs: TierObservation, now: float) -> TierDecision:
+    views = tuple(_view(obs, pool) for pool in obs.pools)
+    acting = acts(obs.spec.scaling.mode, suspended=obs.spec.suspend)
+    may_sleep = all(view.pool.scaling.min_replicas == 0 for view in views)
+    if may_sleep and all(view.pool.replicas == 0 for view in views):
+        outcomes = [_asleep(view, obs) for view in views]
+    else:
+        idle = _Idle(None, "minReplicas is above 0", 0.0)
+        if may_sleep:
+            idle = _idle(views, obs, now)
+        outcomes = [_serving(view, obs, now, idle, acting=acting) for view in views]
+
+    memory: dict[str, PoolMemory] = {}
+    for view, (decision, remembered) in zip(views, outcomes, strict=True):
+        update = {}
+        if acting and decision.desired > decision.current:
+            update = {"last_scale_up": to_time(now)}
+        elif acting and decision.desired < decision.current:
+            update = {"last_scale_down": to_time(now)}
+        memory[view.pool.name] = remembered.model_copy(update=update)
+
+    roles = {view.pool.name: view.pool.role for view in views}
+
+    def order(decision: Decision) -> int:
+        # Decode first up, prefill first down: no prompt is computed for a pool that cannot go on with it.
+        if roles[decision.pool] is PoolRole.DECODE:
+            return 2 if decision.desired < decision.current else 0
+        return 1
+
+    decisions = tuple(sorted((decision for decision, _ in outcomes), key=order))
+    return TierDecision(obs.key, decisions, memory)
+
+
+@dataclass(frozen=True, slots=True)
+class _Idle:
+    """Whether the whole tier is proved idle."""
+
+    since: float | None
+    """Unix time since which no request has come, proved without a gap; None: not idle, or not proved."""
+    evidence: str
+    after: float
+    """Seconds of idleness after which the tier goes to zero."""
+
+    def over(self, now: float) -> bool:
+        return self.since is not None and now - self.since >= self.after
+
+
+def _idle(views: tuple[_View, ...], obs: TierObservation, now: float) -> _Idle:
+    given = [view.pool.scaling.idle_after for view in views]
+    after = max((parse_duration(text) if text else _DEFAULT_IDLE_SECONDS for text in given), default=0.0)
+    busy = _busy(views, obs)
+    if busy is not None:
+        return _Idle(None, busy, after)
+    since = [view.memory.idle_since for view in views]
+    # A pool that does not remember (a new one, a status that was lost) begins to count now.
+    began = max(from_time(text) if text else now for text in since)
+    if obs.watching_since is not None:
+        began = max(began, obs.watching_since)
+    return _Idle(min(began, now), "routers and engines all answered, and there was no request", after)
+
+
+def _busy(views: tuple[_View, ...], obs: TierObservation) -> str | None:
+    """Return why the tier is not proved idle; None when it is."""
+    router = obs.load.router
+    if not isinstance(router.arrival_rate, Zero) or not router.coverage.complete:
+        return f"arrivals at the routers: {_show(router.arrival_rate, '/s')}"
+    if isinstance(router.unserved, Value) and router.unserved.value > 0:
+        return f"{_figure(router.unserved.value)} requests found no engine"
+    for view in views:
+        if view.coming or view.pool.ready == 0:
+            return f"pool {view.pool.name} is still starting"
+        for label, signal in (("running", view.load.running), ("waiting", view.load.waiting)):
+            if not isinstance(signal, Zero) or not view.load.coverage.complete:
+                return f"{label} in pool {view.pool.name}: {_show(signal)}"
+    return None
+
+
+def _asleep(view: _View, obs: TierObservation) -> tuple[Decision, PoolMemory]:
+    router = obs.load.router
+    remembered = view.memory.model_copy(update={"low_since": None, "low_peak": None, "idle_since": None})
+    unserved = router.unserved
+    called = isinstance(unserved, Value) and unserved.value > 0
+    arriving = isinstance(router.arrival_rate, Value) and router.arrival_rate.value > 0
+    if called or arriving:
+        seen = (
+            f"{_figure(unserved.value)} requests found no engine"
+            if isinstance(unserved, Value) and called
+            else f"{_show(router.arrival_rate, '/s')} arrive at the routers"
+        )
+        return _decision(
+            view,
+            1,
+            Binding.WAKE,
+            f"Wakes from zero: {seen}.",
+            "It sleeps again after idleAfter without a request.",
+        ), remembered
+    if isinstance(unserved, Unknown):
+        return _decision(
+            view,
+            0,
+            Binding.HOLD_UNKNOWN,
+            f"Stays at zero, but cannot see who calls: {unserved.reason}.",
+            "A router that answers; or set minReplicas to 1 to serve without telemetry.",
+        ), remembered
+    return _decision(
+        view,
+        0,
+        Binding.IDLE,
+        "Sleeps at zero: no request has come to the routers.",
+        "One request to the tier's endpoint wakes it.",
+    ), remembered
+
+
+def _serving(
+    view: _View, obs: TierObservation, now: float, idle: _Idle, *, acting: bool
+) -> tuple[Decision, PoolMemory]:
+    pool, scaling = view.pool, view.pool.scaling
+    current = pool.replicas
+    floor = max(scaling.min_replicas, 1)
+    ceiling = max(scaling.max_replicas, floor)
+    needs = list(_needs(view))
+    need = max(needs, key=lambda each: each.replicas, default=None)
+    futile = _futile(view)
+
+    def done(decision: Decision, **update: str | int | None) -> tuple[Decision, PoolMemory]:
+        kept: dict[str, str | int | None] = {"low_since": None, "low_peak": None}
+        kept["idle_since"] = None if idle.since is None else to_time(idle.since)
+        return decision, view.memory.model_copy(update=kept | update)
+
+    if idle.over(now) and idle.since is not None:
+        return done(
+            _decision(
+                view,
+                0,
+                Binding.IDLE,
+                f"Goes to zero: idle for {_seconds(now - idle.since)} (idleAfter {_seconds(idle.after)});"
+                f" {idle.evidence}.",
+                "One request to the tier's endpoint wakes it.",
+            )
+        )
+    if current > ceiling:
+        return done(_over_the_maximum(view, ceiling, now, acting=acting))
+
+    wanted = need.replicas if need is not None else 0
+    if max(wanted, floor) > current:
+        desired = min(max(wanted, floor), ceiling)
+        limited = None
+        if wanted > ceiling:
+            limited = f"{wanted} replicas are needed, maxReplicas is {ceiling}"
+        if need is None or floor >= wanted:
+            binding = Binding.MIN_REPLICAS
+            reason = f"minReplicas is {scaling.min_replicas}" + (
+                "." if scaling.min_replicas else "; a tier that serves has 1 at least."
+            )
+            change = "A lower minReplicas."
+        else:
+            binding, reason, change = need.binding, need.reason, need.would_change
+            if desired == current:
+                binding = Binding.MAX_REPLICAS
+                change = f"A maxReplicas of {wanted} or more."
+            if limited:
+                reason = f"{reason} Held at maxReplicas {ceiling}: raise it to serve this load."
+        return done(_decision(view, desired, binding, reason, change, limited=limited))
+
+    blocker = _shrink_blocker(view, current - 1, floor)
+    if blocker is not None:
+        binding, reason, change = blocker
+        if futile is not None and binding is not Binding.HOLD_UNKNOWN:
+            binding, reason, change = Binding.INFEASIBLE, futile, _EASE
+        elif binding is Binding.STEADY and need is not None and need.replicas == current:
+            binding, reason, change = need.binding, need.reason, need.would_change
+        return done(_decision(view, current, binding, reason, change))
+
+    return _shrink(view, obs, now, floor, wanted, futile, acting=acting, done=done)
+
+
+_EASE = "A longer objective, a faster accelerator or a larger tensorParallel."
+
+
+def _shrink(
+    view: _View,
+    obs: TierObservation,
+    now: float,
+    floor: int,
+    wanted: int,
+    futile: str | None,
+    *,
+    acting: bool,
+    done: Callable[..., tuple[Decision, PoolMemory]],
+) -> tuple[Decision, PoolMemory]:
+    """Take replicas away once fewer have sufficed for the whole hold."""
+    memory, current = view.memory, view.pool.replicas
+    since, peak = now, max(wanted, floor)
+    if memory.low_since is not None:
+        since = min(from_time(memory.low_since), now)
+        if obs.watching_since is not None and since < obs.watching_since:
+            since = min(obs.watching_since, now)
+        else:
+            peak = max(peak, min(memory.low_peak or 0, current))
+    kept = {"low_since": to_time(since), "low_peak": peak}
+    hold, why = hold_seconds(view.pool, memory)
+    fewer = f"{current - 1} of {current} replicas would carry the load"
+    ripe = now - since >= hold
+
+    def stay(binding: Binding, reason: str, change: str) -> tuple[Decision, PoolMemory]:
+        return done(_decision(view, current, binding, reason, change), **kept)
+
+    if not ripe:
+        left = _seconds(hold - (now - since))
+        return stay(
+            Binding.HOLD_DOWN if futile is None else Binding.INFEASIBLE,
+            f"{fewer}, for {_seconds(now - since)} so far; they go after {_seconds(hold)} ({why})."
+            + (f" {futile}" if futile else ""),
+            f"{left} more of this load, seen without a gap.",
+        )
+    if peak >= current:
+        return stay(
+            Binding.HOLD_DOWN,
+            f"{fewer} now, but {peak} were needed within the last {_seconds(now - since)}.",
+            f"A hold of {_seconds(hold)} without such a peak.",
+        )
+    if view.pool.terminating:
+        return stay(
+            Binding.HOLD_DOWN,
+            f"{fewer}; {view.pool.terminating} replicas are still draining.",
+            "The end of their drain.",
+        )
+    if acting:
+        quiet = _quiet_until(memory)
+        if quiet is not None and now < quiet and view.pool.scaling.scale_down_hold is None:
+            return stay(
+                Binding.HOLD_DOWN,
+                f"{fewer}, but load came back soon after the last scale-down:"
+                f" nothing shrinks for another {_seconds(quiet - now)}.",
+                "That time without a scale-up, or a scaleDownHold of your own.",
+            )
+        pause = _pause(memory, now)
+        if pause is not None:
+            return stay(Binding.HOLD_DOWN, f"{fewer}; {pause}", "The next minute.")
+
+    step = max(1, current // 10) if acting else current
+    target = current - 1
+    least = max(floor, peak)
+    while target > least and current - target < step and _shrink_blocker(view, target - 1, floor) is None:
+        target -= 1
+    desired = max(target, least)
+    return done(
+        _decision(
+            view,
+            desired,
+            Binding.STEADY if futile is None else Binding.INFEASIBLE,
+            f"{desired} of {current} replicas have sufficed for {_seconds(now - since)}"
+            f" (hold {_seconds(hold)}, {why}): {_describe(view)}.",
+            _growth(view),
+        ),
+        **kept,
+    )
+
+
+def _over_the_maximum(view: _View, ceiling: int, now: float, *, acting: bool) -> Decision:
+    """Go down to a maximum that was lowered: the user's order needs no evidence, only patience."""
+    current = view.pool.replicas
+    change = f"A maxReplicas of {current} or more."
+    limited = f"maxReplicas is {ceiling}"
+    if acting:
+        pause = _pause(view.memory, now)
+        if view.pool.terminating:
+            pause = f"{view.pool.terminating} replicas are still draining."
+        if pause is not None:
+            reason = f"{current} replicas exceed maxReplicas {ceiling}; {pause}"
+            return _decision(view, current, Binding.MAX_REPLICAS, reason, change, limited=limited)
+    step = max(1, current // 10) if acting else current
+    desired = max(ceiling, current - step)
+    reason = f"{current} replicas exceed maxReplicas {ceiling}: at most one or 10 % leaves a minute."
+    return _decision(view, desired, Binding.MAX_REPLICAS, reason, change, limited=limited)
+
+
+# --- rules ------------------------------------------------------------------------------------------------------
+
+
+def _needs(view: _View) -> Iterator[_Need]:
+    """Yield what every signal calls for; the largest counts."""
+    yield from _need_by_rate(view)
+    yield from _need_by_occupancy(view)
+    yield from _need_by_backlog(view)
+    yield from _need_by_latency(view)
+
+
+def _need_by_rate(view: _View) -> Iterator[_Need]:
+    capacity = view.capacity()
+    rate = view.arrivals
+    if capacity is None or not isinstance(rate, Value) or rate.value <= 0:
+        return
+    share = view.manners.utilization
+    yield _Need(
+        _ceil(rate.value / (capacity.rps * share)),
+        Binding.FORECAST,
+        f"{_figure(rate.value)} requests/s arrive (seen {_seconds(rate.age)} ago); one replica carries"
+        f" {_figure(capacity.rps)} ({capacity.source}), {share:.0%} of it planned.",
+        "Fewer arrivals.",
+    )
+
+
+def _need_by_occupancy(view: _View) -> Iterator[_Need]:
+    running = view.load.running
+    batch = view.pool.max_num_seqs
+    if not isinstance(running, Value) or batch <= 0:
+        return
+    share = view.manners.utilization
+    yield _Need(
+        _ceil(running.value / (share * batch)),
+        Binding.QUEUE,
+        f"{_figure(running.value)} sequences run (seen {_seconds(running.age)} ago); a replica takes {batch},"
+        f" {share:.0%} of it planned.",
+        "Fewer sequences in flight, or a larger maxNumSeqs.",
+    )
+
+
+def _need_by_backlog(view: _View) -> Iterator[_Need]:
+    waiting = view.load.waiting
+    ready, limit = view.pool.ready, view.waiting_limit
+    if not isinstance(waiting, Value) or ready < 1 or waiting.value <= limit * ready:
+        return
+    seen = f"{_figure(waiting.value)} requests wait (seen {_seconds(waiting.age)} ago), {limit} per replica are allowed"
+    change = "A queue below the limit."
+    # Relative to what serves, so that the same queue never counts again while replicas start.
+    yield _Need(ready + 1, Binding.QUEUE, f"{seen}.", change)
+
+    # What was ordered answers the queue as it is: it may only call for more once that has had its time.
+    met_already = view.supply
+    if view.settled(view.load.window):
+        met_already = 0
+    capacity = view.capacity()
+    rate = view.arrivals
+    if capacity is not None and isinstance(rate, Value):
+        drain = view.drain_seconds
+        full = _ceil((rate.value + waiting.value / drain) / capacity.rps)
+        replicas = min(full, met_already) if met_already else full
+        yield _Need(
+            replicas,
+            Binding.QUEUE,
+            f"{seen}; {_figure(rate.value)}/s more arrive, one replica does {_figure(capacity.rps)}/s"
+            f" ({capacity.source}): gone within {_seconds(drain)}.",
+            change,
+        )
+    if (
+        capacity is None or not capacity.modelled or not isinstance(rate, Value)
+    ) and view.pool.max_num_seqs > 0:
+        # Without arrivals or capacity the size of the need cannot be told: at most double, then look again.
+        flight = waiting.value + (number(view.load.running) or 0.0)
+        full = min(_ceil(flight / (view.manners.utilization * view.pool.max_num_seqs)), 2 * ready)
+        replicas = min(full, met_already) if met_already else full
+        yield _Need(
+            replicas, Binding.QUEUE, f"{seen}; what a replica carries is not known: at most doubled.", change
+        )
+
+
+def _need_by_latency(view: _View) -> Iterator[_Need]:
+    # A window that tells of fewer replicas, or of the backlog they left, is no reason to add more.
+    if view.pool.ready < 1 or not view.settled(view.load.window + view.manners.drain_seconds):
+        return
+    if view.alone:
+        return
+    for latency in view.latencies:
+        if not latency.missed or latency.observed is None:
+            continue
+        excess = min(latency.observed / latency.target - 1.0, 0.5)
+        yield _Need(
+            view.pool.ready + max(1, _ceil(view.pool.ready * excess)),
+            Binding[latency.metric.upper()],
+            f"{latency.name} is {_seconds(latency.observed)} over {_seconds(view.load.window)}, the target is"
+            f" {_seconds(latency.target)}.",
+            f"{latency.name} below {_seconds(latency.target)}.",
+        )
+
+
+def _futile(view: _View) -> str | None:
+    """Return why more replicas would not help; None where they would, or nothing is missed."""
+    if not view.alone:
+        return None
+    for latency in view.latencies:
+        if latency.missed and latency.observed is not None:
+            return (
+                f"{latency.name} is {_seconds(latency.observed)}, above {_seconds(latency.target)}, with one request"
+                " per replica at most and nothing waiting: more replicas would not help."
+            )
+    return None
+
+
+def _shrink_blocker(view: _View, fewer: int, floor: int) -> tuple[Binding, str, str] | None:
+    """Return what stands against ``fewer`` replicas, or None when they would carry today's load.
+
+    The order matters for people: bounds, then what is missing, then what is under way, then load.
+    """
+    pool, load, share = view.pool, view.load, view.manners.utilization
+    if fewer < floor:
+        steady = _describe(view)
+        if pool.scaling.min_replicas >= floor:
+            return Binding.MIN_REPLICAS, f"At minReplicas {floor}: {steady}.", _growth(view)
+        return Binding.STEADY, f"One replica serves: {steady}.", _growth(view)
+    missing = _missing(view)
+    if missing is not None:
+        return (
+            Binding.HOLD_UNKNOWN,
+            f"Holds at {pool.replicas}: {missing}.",
+            "Complete and fresh telemetry; nothing shrinks without it.",
+        )
+    if pool.rolling:
+        return (
+            Binding.HOLD_PENDING,
+            f"Holds at {pool.replicas}: a rollout is under way.",
+            "The end of the rollout.",
+        )
+    if view.coming or pool.unschedulable:
+        what = f"{view.coming} replicas are starting" if view.coming else ""
+        if pool.unschedulable:
+            what += (" and " if what else "") + f"{pool.unschedulable} cannot be scheduled"
+        return (
+            Binding.HOLD_PENDING,
+            f"Holds at {pool.replicas}: {what}; {_describe(view)}.",
+            "Replicas that are ready.",
+        )
+
+    running, waiting = number(load.running) or 0.0, number(load.waiting) or 0.0
+    room = _SHRINK * share * pool.max_num_seqs * fewer
+    if pool.max_num_seqs and running + waiting > room:
+        return (
+            Binding.STEADY,
+            f"{fewer} replicas would be too full: {_figure(running + waiting)} in flight, room for {_figure(room)}.",
+            f"At most {_figure(room)} in flight for a hold.",
+        )
+    if waiting > view.waiting_limit * fewer / 2:
+        return Binding.STEADY, f"{_figure(waiting)} requests wait.", "A shorter queue for a hold."
+    capacity, rate = view.capacity(), view.arrivals
+    if capacity is not None and isinstance(rate, Value):
+        carried = _SHRINK * share * capacity.rps * fewer
+        if rate.value > carried:
+            return (
+                Binding.STEADY,
+                (
+                    f"{fewer} replicas would carry {_figure(carried)} requests/s ({capacity.source});"
+                    f" {_figure(rate.value)} arrive."
+                ),
+                f"Fewer than {_figure(carried)} requests/s for a hold.",
+            )
+    # Where even a lone request is late, latency is no reason to keep replicas, as long as requests stay alone.
+    if view.alone and running <= fewer:
+        return None
+    for latency in view.latencies:
+        if not latency.roomy and latency.observed is not None:
+            near = _LATENCY_SHRINK * latency.target
+            return (
+                Binding.STEADY,
+                (
+                    f"{latency.name} is {_seconds(latency.observed)}, too near its target of {_seconds(latency.target)}"
+                    " to go on with fewer."
+                ),
+                f"{latency.name} below {_seconds(near)} for a hold.",
+            )
+    return None
+
+
+def _missing(view: _View) -> str | None:
+    """Return what telemetry lacks for a scale-down; None when it is complete."""
+    load = view.load
+    if not load.coverage.complete or load.coverage.answered < view.pool.ready:
+        return f"{load.coverage.answered} of {max(view.pool.ready, load.coverage.expected)} ready replicas answered"
+    for label, signal in (("running", load.running), ("waiting", load.waiting)):
+        if isinstance(signal, Unknown):
+            return f"{label} is unknown ({signal.reason})"
+        if isinstance(signal, Value) and signal.partial:
+            return f"{label} is known of some replicas only"
+    if isinstance(view.arrivals, Unknown) and view.pool.rps_per_replica is not None:
+        return f"arrivals are unknown ({view.arrivals.reason})"
+    if isinstance(view.arrivals, Value) and view.arrivals.partial:
+        return "arrivals are known of some routers only"
+    for latency in view.latencies:
+        if latency.unknown is not None:
+            return f"{latency.name} is unknown ({latency.unknown})"
+    return None
+
+
+# --- what is seen -----------------------------------------------------------------------------------------------
+
+_PHASE = {
+    PoolRole.AGGREGATED: ("ttft", "tpot", "itl", "e2e"),
+    PoolRole.PREFILL: ("ttft", "e2e"),
+    PoolRole.DECODE: ("ttft", "tpot", "itl", "e2e"),
+}
+
+
+def _view(obs: TierObservation, pool: PoolFacts) -> _View:
+    load = obs.load.pools.get(pool.name) or Load(60.0, Coverage(0, max(pool.ready, 1)))
+    others = [other for other in obs.pools if other.name != pool.name]
+    rest = obs.load.pools.get(others[0].name) if others else None
+    latencies = []
+    for (metric, percentile), target in sorted(obs.targets.seconds.items()):
+        if percentile not in QUANTILES or metric not in _PHASE[pool.role]:
+            continue
+        shared = pool.role is not PoolRole.AGGREGATED and metric in {"ttft", "e2e"}
+        latencies.append(_latency(metric, percentile, target, pool.role, load, rest, shared=shared))
+    return _View(
+        pool=pool,
+        memory=obs.memory.get(pool.name, PoolMemory()),
+        load=load,
+        manners=_MANNERS[obs.spec.tier],
+        arrivals=obs.load.router.arrival_rate,
+        latencies=tuple(latencies),
+    )
+
+
+def _latency(
+    metric: str,
+    percentile: str,
+    target: float,
+    role: PoolRole,
+    load: Load,
+    rest: Load | None,
+    *,
+    shared: bool,
+) -> _Latency:
+    """Return one objective as this pool sees it.
+
+    A client's TTFT and E2E span both engines of a disaggregated tier. Percentiles do not add up exactly; their sum
+    is used as the bound. The other engine's part, at most half of the objective, is taken off the target, so that
+    each pool is asked for what it can mend.
+    """
+    own = _source(metric, role, load)
+    observed, unknown = _quantile(own, percentile)
+    if unknown is None and not load.coverage.complete:
+        unknown = f"{load.coverage.answered} of {load.coverage.expected} replicas answered"
+    if shared:
+        other_role = PoolRole.DECODE if role is PoolRole.PREFILL else PoolRole.PREFILL
+        part, lacking = (
+            _quantile(_source(metric, other_role, rest), percentile) if rest else (None, "not measured")
+        )
+        unknown = unknown or lacking
+        target -= min(part or 0.0, target / 2)
+    late = 0.0
+    if isinstance(own, Histogram):
+        late = own.total - own.count_at_most(target)[0]
+    return _Latency(metric, percentile, target, observed, late, unknown)
+
+
+def _source(metric: str, role: PoolRole, load: Load) -> Distribution:
+    """Return the histogram of a metric; a prefill engine answers with one token, so its first is its last."""
+    if role is PoolRole.PREFILL:
+        # TTFT has buckets below 300 ms, where E2E has none.
+        return load.e2e if isinstance(load.ttft, Unknown) else load.ttft
+    found = {"ttft": load.ttft, "tpot": load.tpot, "itl": load.itl, "e2e": load.e2e}
+    return found[metric]
+
+
+def _quantile(source: Distribution, percentile: str) -> tuple[float | None, str | None]:
+    match source:
+        case Unknown(reason=reason):
+            return None, reason
+        case Zero():
+            return None, None
+        case Histogram():
+            interval = source.quantile(QUANTILES[percentile])
+            return (interval.estimate if interval else None), None
+
+
+def _startup(pool: PoolFacts, memory: PoolMemory) -> float | None:
+    if pool.startup_seconds is not None:
+        return pool.startup_seconds
+    return float(median(memory.startup_seconds)) if memory.startup_seconds else None
+
+
+def _quiet_until(memory: PoolMemory) -> float | None:
+    """Return until when nothing shrinks because the last scale-down was taken back at once."""
+    if memory.last_scale_up is None or memory.last_scale_down is None:
+        return None
+    up, down = from_time(memory.last_scale_up), from_time(memory.last_scale_down)
+    return up + _QUIET_SECONDS if 0 <= up - down < _FLAP_SECONDS else None
+
+
+def _pause(memory: PoolMemory, now: float) -> str | None:
+    if memory.last_scale_down is None:
+        return None
+    passed = now - from_time(memory.last_scale_down)
+    # A last scale-down in the future is a clock that was set back: it must not stop us for hours.
+    if 0 <= passed < _PACE_SECONDS:
+        return f"the last scale-down was {_seconds(passed)} ago, the next may follow after a minute."
+    return None
+
+
+# --- words ------------------------------------------------------------------------------------------------------
+
+
+def _decision(
+    view: _View,
+    desired: int,
+    binding: Binding,
+    reason: str,
+    would_change: str,
+    *,
+    limited: str | None = None,
+) -> Decision:
+    return Decision(
+        pool=view.pool.name,
+        current=view.pool.replicas,
+        desired=desired,
+        reason=reason,
+        binding=binding,
+        would_change=would_change,
+        limited=limited,
+        signals=_signals(view),
+    )
+
+
+def _signals(view: _View) -> dict[str, str]:
+    load = view.load
+    signals = {
+        "answered": f"{load.coverage.answered} of {load.coverage.expected} replicas",
+        "running": _show(load.running),
+        "waiting": _show(load.waiting),
+        "arrivals": _show(view.arrivals, "/s"),
+        "kvUsage": _percent(load.kv_usage),
+    }
+    capacity = view.capacity()
+    if capacity is not None:
+        signals["capacity"] = f"{_figure(capacity.rps)}/s per replica, {capacity.source}"
+    for latency in view.latencies[:8]:
+        key = f"{latency.metric}.{latency.percentile}"
+        if latency.unknown is not None and latency.observed is None:
+            signals[key] = f"unknown: {latency.unknown}"[:256]
+        elif latency.observed is None:
+            signals[key] = "no requests"
+        else:
+            signals[key] = f"{_seconds(latency.observed)} of {_seconds(latency.target)}"
+    return signals
+
+
+def _describe(view: _View) -> str:
+    """Return the load in half a sentence."""
+    parts = [f"running {_show(view.load.running)}", f"waiting {_show(view.load.waiting)}"]
+    worst = max(
+        (latency for latency in view.latencies if latency.observed is not None),
+        key=lambda latency: (latency.observed or 0.0) / latency.target,
+        default=None,
+    )
+    if worst is not None and worst.observed is not None:
+        parts.append(f"{worst.name} {_seconds(worst.observed)} of {_seconds(worst.target)}")
+    return ", ".join(parts)
+
+
+def _growth(view: _View) -> str:
+    """Return what would call for another replica."""
+    batch = view.pool.max_num_seqs
+    room = _figure(view.manners.utilization * batch * max(view.pool.ready, 1))
+    more = [f"more than {room} running"] if batch else []
+    more.append(f"more than {view.waiting_limit * max(view.pool.ready, 1)} waiting")
+    more.extend(f"{latency.name} above {_seconds(latency.target)}" for latency in view.latencies[:2])
+    return f"Another replica for {', '.join(more)}."
+
+
+def _show(signal: Signal, unit: str = "") -> str:
+    match signal:
+        case Value(value=value, partial=partial):
+            return f"{_figure(value)}{unit}" + (" or more (some did not answer)" if partial else "")
+        case Zero():
+            return f"0{unit}"
+        case Unknown(reason=reason):
+            return f"unknown: {reason}"[:256]
+
+
+def _percent(signal: Signal) -> str:
+    return f"{signal.value:.0%}" if isinstance(signal, Value) else _show(signal)
+
+
+def _figure(value: float) -> str:
+    """Return a number with two digits that matter."""
+    if value >= 10 or value == int(value):
+        return f"{value:.0f}"
+    return f"{value:.2g}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 1:
+        seconds = round(seconds) if seconds >= 10 else round(seconds, 1)
+    return format_duration(max(seconds, 0.0))
+
+
+def _ceil(value: float) -> int:
+    # 3.0000000001 replicas are 3: sums of floats are no reason for an engine.
+    return max(0, math.ceil(min(value, 1e6) - 1e-9))
