@@ -10,20 +10,30 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from math import log
 from typing import TYPE_CHECKING
 
 from servingtiers.catalog.models import KV_BYTES, WEIGHT_BYTES, ModelShape
+from servingtiers.catalog.models import model as catalog_model
 from servingtiers.catalog.names import CatalogError
 from servingtiers.performance.roofline import Roofline, constants_for
 from servingtiers.performance.speculation import Speculation, with_speculation
 from servingtiers.performance.steps import GridStepModel, SourceKind, StepGrid, StepSource
-from servingtiers.performance.tables import StepTable, find_table, grid_from_rows, hull_of
+from servingtiers.performance.tables import (
+    StepTable,
+    TableKey,
+    find_table,
+    grid_from_rows,
+    hull_of,
+    load_table,
+    table_keys,
+)
 
 if TYPE_CHECKING:
     from servingtiers.catalog.accelerators import Accelerator
     from servingtiers.performance.profile import Profile
 
-__all__ = ["DoesNotFitError", "kv_capacity_tokens", "step_model"]
+__all__ = ["DoesNotFitError", "kv_capacity_tokens", "nearest_table", "scaled_grid", "step_model"]
 
 DEFAULT_MEMORY_UTILIZATION = 0.9
 """Share of the device memory the shipped tables' engines were given (vLLM's --gpu-memory-utilization)."""
@@ -175,38 +185,73 @@ def _base(
         table = find_table(model, accelerator.key, weights, kv_dtype, tensor_parallel)
         if table is not None:
             return _from_table(table, target)
-        like = find_table(model, accelerator.key, weights, "bf16", tensor_parallel) or find_table(
-            model, accelerator.key, "bf16", "bf16", tensor_parallel
-        )
+        like = nearest_table(model, accelerator, weights, kv_dtype, tensor_parallel)
         if like is not None:
-            base = Roofline(
-                model,
-                accelerator,
-                constants_for(accelerator, like.key.weights)[0],
-                tensor_parallel,
-                like.key.weights,
-                like.key.kv_dtype,
-            )
-            known = _from_table(like, base)
-            changed = [
-                f"{what} {theirs} to {ours}"
-                for what, theirs, ours in (
-                    ("weights", like.key.weights, weights),
-                    ("KV cache", like.key.kv_dtype, kv_dtype),
-                )
-                if theirs != ours
-            ]
-            return GridStepModel(
-                source=StepSource(
-                    SourceKind.TABLE,
-                    f"{known.source.detail}, scaled by the roofline from {' and '.join(changed)}",
-                    known.source.band_percent + 15.0,
-                ),
-                kv_capacity_tokens=capacity,
-                grid=scaled_grid(known.grid, base, target),
-                hull=known.hull,
-            )
+            return _corrected(like, target, capacity)
     return GridStepModel(source=source, kv_capacity_tokens=capacity, grid=target.grid(), hull=None)
+
+
+def nearest_table(
+    shape: ModelShape, accelerator: Accelerator, weights: str, kv_dtype: str, tensor_parallel: int
+) -> StepTable | None:
+    """Return the shipped table that resembles a configuration most, or None when none is near enough.
+
+    Distance is the sum of the logarithms of the ratios of weights, KV bytes, layers and tensor parallelism, each with a weight,
+    plus a constant for another data type. Only dense models on the same accelerator are compared, because a
+    mixture of experts, or another memory system, errs in its own way. Groups of two GPUs and larger ones are not
+    compared where PCIe joins them: vLLM reduces over them with different kernels.
+    """
+    if shape.is_moe or shape.mla is not None:
+        return None
+    best: tuple[float, TableKey] | None = None
+    for key in table_keys():
+        other = catalog_model(key.model)
+        if key.accelerator != accelerator.key or other.is_moe:
+            continue
+        if accelerator.interconnect.startswith("pcie") and (
+            tensor_parallel != key.tensor_parallel and max(tensor_parallel, key.tensor_parallel) > 2
+        ):
+            continue
+        distance = abs(log(other.linear_parameters / shape.linear_parameters))
+        distance += 0.5 * abs(log(other.kv_bytes_per_token() / shape.kv_bytes_per_token()))
+        distance += 0.5 * abs(log(other.layers / shape.layers))
+        distance += 0.7 * abs(log(key.tensor_parallel / tensor_parallel))
+        distance += 0.7 * (key.weights != weights)
+        if distance <= _NEAR and (best is None or (distance, key) < best):
+            best = (distance, key)
+    return load_table(best[1]) if best is not None else None
+
+
+_NEAR = 2.5
+"""Largest distance of a table that still corrects the roofline; beyond it the roofline stands alone."""
+
+
+def _corrected(table: StepTable, target: Roofline, capacity: int) -> GridStepModel:
+    """Return the roofline of a configuration, corrected by what it gets wrong on a like table."""
+    key = table.key
+    base = Roofline(
+        catalog_model(key.model),
+        target.accelerator,
+        constants_for(target.accelerator, key.weights)[0],
+        key.tensor_parallel,
+        key.weights,
+        key.kv_dtype,
+    )
+    known = _from_table(table, base)
+    fitted = constants_for(target.accelerator, target.weights)
+    calibrated = not fitted[1]
+    band = max(2.0 * fitted[0].decode_error_percent, 2.0 * fitted[0].prefill_error_percent, 10.0)
+    return GridStepModel(
+        source=StepSource(
+            SourceKind.ROOFLINE_CALIBRATED if calibrated else SourceKind.ROOFLINE_DEFAULT,
+            f"roofline {'fitted for' if calibrated else 'borrowed for'} {target.accelerator.key} {target.weights}, "
+            f"corrected by the {known.source.detail}",
+            band if calibrated and target.kv_dtype == key.kv_dtype else max(band, 30.0),
+        ),
+        kv_capacity_tokens=capacity,
+        grid=scaled_grid(known.grid, base, target),
+        hull=known.hull,
+    )
 
 
 def _from_table(table: StepTable, roofline: Roofline) -> GridStepModel:

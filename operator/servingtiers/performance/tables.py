@@ -193,24 +193,47 @@ def monotone_middle(grid: Sequence[Sequence[float]]) -> tuple[tuple[float, ...],
     the smallest at or above it. Both are monotone, every monotone grid within distance ``d`` of the input lies
     within ``d`` of both, and their mean halves the worst distance: the L∞ isotonic regression.
     """
-    rows, columns = len(grid), len(grid[0])
     upper = [list(row) for row in grid]
-    lower = [list(row) for row in grid]
-    for i in range(rows):
-        for j in range(columns):
+    for i, row in enumerate(upper):
+        for j in range(len(row)):
             if i:
-                upper[i][j] = max(upper[i][j], upper[i - 1][j])
+                row[j] = max(row[j], upper[i - 1][j])
             if j:
-                upper[i][j] = max(upper[i][j], upper[i][j - 1])
-    for i in reversed(range(rows)):
-        for j in reversed(range(columns)):
-            if i < rows - 1:
-                lower[i][j] = min(lower[i][j], lower[i + 1][j])
-            if j < columns - 1:
-                lower[i][j] = min(lower[i][j], lower[i][j + 1])
+                row[j] = max(row[j], row[j - 1])
+    lower = _lower_envelope(grid)
     return tuple(
         tuple((high + low) / 2.0 for high, low in zip(up, down, strict=True))
         for up, down in zip(upper, lower, strict=True)
+    )
+
+
+def _lower_envelope(grid: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Return at each point the smallest value at or above it on both axes."""
+    lower = [list(row) for row in grid]
+    for i in reversed(range(len(lower))):
+        row = lower[i]
+        for j in reversed(range(len(row))):
+            if i < len(lower) - 1:
+                row[j] = min(row[j], lower[i + 1][j])
+            if j < len(row) - 1:
+                row[j] = min(row[j], row[j + 1])
+    return lower
+
+
+PADDING_SLACK = 1.05
+"""How far above the time of a larger batch a measured decode time is believed."""
+
+
+def without_spikes(grid: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    """Return the grid with values far above those of a larger batch or context brought down to them.
+
+    vLLM pads a batch to the next captured CUDA graph, so a batch never needs to take longer than a larger one;
+    a table that says so by more than :data:`PADDING_SLACK` has caught a kernel the engine need not use (the
+    shipped B200 FP8 rows at batch 1–4 are the case in point: 1.5 times the time of batch 8).
+    """
+    return tuple(
+        tuple(min(value, PADDING_SLACK * least) for value, least in zip(row, low, strict=True))
+        for row, low in zip(grid, _lower_envelope(grid), strict=True)
     )
 
 
@@ -295,7 +318,7 @@ def grid_from_rows(rows: Sequence[StepRow], *, ideal_pair_ms: float, monotone: b
     batches, contexts, raw = _decode_grid(rows) if any(row.kind == "decode" for row in rows) else ((), (), ())
     if len(batches) < 2 or len(contexts) < 3:
         raise ValueError("too few decode rows: give at least two batches at two contexts each")
-    decode = monotone_middle(raw) if monotone else raw
+    decode = monotone_middle(without_spikes(raw)) if monotone else raw
     prefill = sorted((float(r.new_tokens), r.ms) for r in rows if r.kind == "prefill" and r.context == 0)
     if len(prefill) < 2:
         raise ValueError("too few prefill rows: give at least two prompt lengths with nothing cached")
