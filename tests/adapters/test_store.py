@@ -60,7 +60,7 @@ def test_a_relist_finds_deletions_that_the_watch_missed():
     store.see(obj("a"))
     store.see(obj("b", uid="u2"))
 
-    assert store.relist("Deployment", "apps/v1", [obj("a")]) == {("n", "chat")}
+    assert store.relist("Deployment", "apps/v1", [obj("a")], 5) == {("n", "chat")}
     assert names(store) == [("a", 1)]
 
 
@@ -91,4 +91,21 @@ def test_a_relist_of_tiers_names_new_changed_and_gone_ones():
 
     fresh = [obj("same", version=1), obj("changed", version=2), obj("new", version=1)]
 
-    assert store.relist_tiers(fresh) == {("n", "changed"), ("n", "new"), ("n", "gone")}
+    assert store.relist_tiers(fresh, 5) == {("n", "changed"), ("n", "new"), ("n", "gone")}
+
+
+def test_a_relist_that_was_asked_for_before_our_write_does_not_undo_it():
+    """The list is older than what is held."""
+    store = Store(LABEL)
+    store.see(obj("a", version=9))
+
+    assert store.relist("Deployment", "apps/v1", [], 8) == set()
+    assert names(store) == [("a", 9)]
+
+
+def test_objects_are_found_by_how_the_label_spells_the_tier():
+    """A tier's name may be longer than a label value."""
+    store = Store(LABEL, label_value=lambda name: name[:4])
+    store.see(obj(tier="long"))
+
+    assert names(store, ("n", "longer-than-a-label")) == [("d", 1)]

@@ -145,8 +145,10 @@ class Cluster:
                 return None
             raise
 
-    async def list_all(self, kind: Kind, namespace: str | None, *, labels: str = "") -> list[JsonObject]:
-        """Return all objects of a kind in one namespace (None: all), page by page.
+    async def list_all(
+        self, kind: Kind, namespace: str | None, *, labels: str = ""
+    ) -> tuple[list[JsonObject], int]:
+        """Return all objects of a kind in one namespace (None: all), page by page, and the version of the list.
 
         Raises:
             ApiError: The API server refused or did not answer.
@@ -164,7 +166,7 @@ class Cluster:
             items += [{"apiVersion": kind.api_version, "kind": kind.kind} | item for item in page["items"]]
             token = page["metadata"].get("continue", "")
             if not token:
-                return items
+                return items, int(page["metadata"]["resourceVersion"])
 
     async def _read(self, path: str, query: dict[str, str] | None = None) -> JsonObject:
         for attempt in range(1, _MAX_READ_TRIES + 1):

@@ -8,7 +8,7 @@ by uid.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from servingtiers.core.state import JsonObject, Ref
@@ -35,8 +35,10 @@ def _version(obj: Mapping[str, Any]) -> int:
 class Store:
     """All watched objects, by reference and by the tier they belong to."""
 
-    def __init__(self, tier_label: str) -> None:
+    def __init__(self, tier_label: str, label_value: Callable[[str], str] = str) -> None:
+        """Take the label that names the tier on its objects, and how a tier's name is written in it."""
         self._tier_label = tier_label
+        self._label_value = label_value
         self.tiers: dict[Key, JsonObject] = {}
         self._objects: dict[Ref, JsonObject] = {}
         self._by_tier: dict[Key, set[Ref]] = defaultdict(set)
@@ -63,7 +65,7 @@ class Store:
     # -- everything else ---------------------------------------------------------------------------------------
 
     def see(self, obj: JsonObject) -> Key | None:
-        """Take in an object; return the key of the tier it belongs to when it is news."""
+        """Take in an object; return namespace and label value of the tier it belongs to when it is news."""
         ref = Ref.of(obj)
         if ref.kind == "HorizontalPodAutoscaler":
             self._autoscalers[ref.namespace][ref] = obj
@@ -81,7 +83,7 @@ class Store:
         return key
 
     def forget(self, obj: JsonObject) -> Key | None:
-        """Drop a deleted object, unless one of the same name has come since; return its tier's key."""
+        """Drop a deleted object, unless one of the same name has come since; return as ``see`` does."""
         ref = Ref.of(obj)
         if ref.kind == "HorizontalPodAutoscaler":
             self._autoscalers[ref.namespace].pop(ref, None)
@@ -97,8 +99,11 @@ class Store:
                 del self._by_tier[key]
         return key
 
-    def relist(self, kind: str, api_version: str, items: Iterable[JsonObject]) -> set[Key]:
-        """Replace what is held of one kind by a fresh list; return the keys of tiers that are affected."""
+    def relist(self, kind: str, api_version: str, items: Iterable[JsonObject], version: int) -> set[Key]:
+        """Replace what is held of one kind by a list of that version; return as ``see`` does, for all that changed.
+
+        What is newer than the list (our own writes since it was asked for) stays.
+        """
         fresh = {Ref.of(obj): obj for obj in items}
         affected: set[Key] = set()
         stale = [
@@ -106,6 +111,7 @@ class Store:
             for ref, obj in self._objects.items()
             if (ref.kind, ref.api_version) == (kind, api_version)
             and fresh.get(ref, {}).get("metadata", {}).get("uid") != obj["metadata"].get("uid")
+            and _version(obj) <= version
         ]
         for obj in stale:
             if (key := self.forget(obj)) is not None:
@@ -115,17 +121,18 @@ class Store:
                 affected.add(key)
         return affected
 
-    def relist_tiers(self, items: Iterable[JsonObject]) -> set[Key]:
-        """Replace the tiers by a fresh list; return the keys of those that are new, changed or gone."""
+    def relist_tiers(self, items: Iterable[JsonObject], version: int) -> set[Key]:
+        """Replace the tiers by a list of that version; return the keys of those that are new, changed or gone."""
         fresh = {key_of_tier(tier): tier for tier in items}
-        gone = {key for key in self.tiers if key not in fresh}
+        gone = {key for key, held in self.tiers.items() if key not in fresh and _version(held) <= version}
         for key in gone:
             del self.tiers[key]
         return gone | {key for key, tier in fresh.items() if self.see_tier(tier)}
 
     def belonging_to(self, key: Key) -> tuple[tuple[JsonObject, ...], tuple[JsonObject, ...]]:
         """Return the tier's objects and its pods, each in a stable order."""
-        refs = sorted(self._by_tier.get(key, ()), key=str)
+        label = (key[0], self._label_value(key[1]))
+        refs = sorted(self._by_tier.get(label, ()), key=str)
         objects = [self._objects[ref] for ref in refs]
         pods = tuple(obj for obj in objects if obj["kind"] == "Pod")
         return tuple(obj for obj in objects if obj["kind"] != "Pod"), pods

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from servingtiers.api.status import ServingTierStatus
 from servingtiers.core.config import OperatorConfig
+from servingtiers.core.decisions import TierDecision
 from servingtiers.core.signals import TierLoad
 
 __all__ = ["Event", "JsonObject", "Member", "Observed", "Plan", "Ref", "Verb", "Write"]
@@ -46,6 +48,14 @@ class Member:
     pods: tuple[JsonObject, ...]
     """Pods with the tier's labels."""
     load: TierLoad = field(default_factory=TierLoad)
+    load_elapsed: float = 0.0
+    """Seconds of traffic in the load that were not accounted before; 0 where the load is not new."""
+    watching_since: float | None = None
+    """Unix time since which this process has read the tier's load without a break."""
+    remembered: ServingTierStatus | None = None
+    """The latest status as planned, written or not; None after a restart: then the written one holds."""
+    failures: tuple[str, ...] = ()
+    """Writes of the latest pass that the API server refused."""
     autoscalers: tuple[JsonObject, ...] = ()
     """HorizontalPodAutoscalers of the namespace."""
 
@@ -103,3 +113,7 @@ class Plan:
     events: tuple[Event, ...]
     recheck_after: float
     """Seconds until the members should be looked at again even if nothing changes."""
+    remember: tuple[ServingTierStatus | None, ...]
+    """Per member: the status as planned, to be handed back with the next observation."""
+    decided: tuple[TierDecision, ...]
+    """What scaling decided, for metrics and logs."""

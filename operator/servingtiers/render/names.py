@@ -26,6 +26,7 @@ __all__ = [
     "COMPONENT_LABEL",
     "ENGINE",
     "MANAGED_BY",
+    "MANAGED_BY_LABEL",
     "NAME_LABEL",
     "OPERATOR",
     "POOL_LABEL",
@@ -68,6 +69,7 @@ OPERATOR = "operator"
 
 COMPONENT_LABEL = "app.kubernetes.io/component"
 NAME_LABEL = "app.kubernetes.io/name"
+MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 TIER_LABEL = "servingtiers.io/tier"
 POOL_LABEL = "servingtiers.io/pool"
 SHARED_POOL_LABEL = "servingtiers.io/shared-pool"
@@ -184,7 +186,7 @@ def object_labels(tier: ServingTier, component: str, pool: str | None = None) ->
         NAME_LABEL: "vllm" if component == ENGINE else "vllm-router",
         "app.kubernetes.io/instance": slug(tier.metadata.name),
         COMPONENT_LABEL: component,
-        "app.kubernetes.io/managed-by": MANAGED_BY,
+        MANAGED_BY_LABEL: MANAGED_BY,
         "app.kubernetes.io/part-of": "servingtiers",
         TIER_LABEL: slug(tier.metadata.name),
     }

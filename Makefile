@@ -1,0 +1,67 @@
+# ServingTiers: what you can do here. `make help` is the map.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## Show this map
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  \033[1m%-22s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# -- set-up ----------------------------------------------------------------------------------------------------
+
+.PHONY: setup
+setup: $(STAMP) ## Make .venv with the locked dependencies; .venv/bin/servingtiers is the command
+
+$(STAMP): requirements/dev.txt pyproject.toml
+	@echo "==> making $(VENV) with the locked dependencies (about a minute the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit("Python 3.11 or newer is needed: make setup PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+.PHONY: lock
+lock: ## Resolve the dependencies anew into requirements/dev.txt
+	$(PYTHON) -m venv build/lock && build/lock/bin/pip install --quiet uv
+	build/lock/bin/uv pip compile --quiet pyproject.toml --all-extras --group test --group lint --group build --universal \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -o requirements/dev.txt
+
+# -- the two commands ------------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: setup ## Three tiers on a real API server with simulated engines under replayed traffic (KEEP=1: leave it up)
+	@$(BIN)/servingtiers demo $(if $(KEEP),--keep)
+
+.PHONY: control-plane
+control-plane: setup ## Fetch or build the control plane's binaries (cached)
+	@$(BIN)/python -m servingtiers.lab.binaries
+
+.PHONY: test
+test: setup control-plane ## The default suite: pure tests and the API-server ring
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+# -- checks ----------------------------------------------------------------------------------------------------
+
+.PHONY: lint
+lint: setup ## Formatting, lint, types, layers
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+.PHONY: format
+format: setup ## Format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+.PHONY: generate
+generate: setup ## Write everything that is generated from code
+	@$(BIN)/servingtiers crds --output-dir crds
+
+.PHONY: verify-generated
+verify-generated: setup ## Fail where a generated file is out of step
+	@$(BIN)/python tests/tools/verify_generated.py

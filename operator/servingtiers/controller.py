@@ -1,0 +1,339 @@
+"""The control loop: look, plan, write. All that is decided is decided by :func:`servingtiers.reconcile.plan`.
+
+Keys of dirty tiers come from watches (``handlers``), from the tick that reads all loads at once, and from relists.
+Workers take one key at a time, gather what was seen of it, plan, write, and remember what the plan wants remembered.
+Nothing is kept here that a restart could not do without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+
+from servingtiers import facts, reconcile
+from servingtiers.adapters.cluster import AUTOSCALER, CHILDREN, EVENT, POD, TIER, ApiError, Cluster, Kind
+from servingtiers.adapters.leadership import NotLeaderError
+from servingtiers.adapters.operator_metrics import OperatorMetrics
+from servingtiers.adapters.store import Key, Store, key_of_tier
+from servingtiers.adapters.workqueue import WorkQueue
+from servingtiers.api.base import parse_duration
+from servingtiers.api.spec import ServingTier
+from servingtiers.api.status import ServingTierStatus
+from servingtiers.core.config import OperatorConfig
+from servingtiers.core.signals import TierLoad
+from servingtiers.core.state import Event, JsonObject, Member, Observed, Plan, Ref, Verb, Write
+from servingtiers.core.telemetry import LoadSource, TierTargets
+from servingtiers.core.times import to_time
+from servingtiers.render import names
+
+__all__ = ["WATCHED", "Controller"]
+
+_log = logging.getLogger(__name__)
+
+WATCHED = (*CHILDREN, POD)
+"""Kinds watched by label."""
+_SELECTOR = f"{names.MANAGED_BY_LABEL}={names.MANAGED_BY}"
+
+
+@dataclass(slots=True)
+class _TierState:
+    """What one process remembers of one tier; losing it costs at most a restarted hold."""
+
+    watching_since: float
+    load: TierLoad = field(default_factory=TierLoad)
+    load_at: float | None = None
+    accounted_at: float | None = None
+    remembered: ServingTierStatus | None = None
+    failures: tuple[str, ...] = ()
+    strangers: set[Ref] = field(default_factory=set)
+    """Names we need that we do not watch: somebody else's objects, or ours without their label."""
+
+
+class Controller:
+    """Runs workers and the tick until cancelled."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        config: OperatorConfig,
+        loads: LoadSource,
+        metrics: OperatorMetrics,
+        *,
+        workers: int = 8,
+        resync_seconds: float = 300.0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._cluster = cluster
+        self._config = config
+        self._loads = loads
+        self._metrics = metrics
+        self._workers = workers
+        self._resync_seconds = resync_seconds
+        self._clock = clock
+        self.store = Store(names.TIER_LABEL, label_value=names.slug)
+        self.queue: WorkQueue[Key] = WorkQueue(clock=time.monotonic)
+        self._states: dict[Key, _TierState] = {}
+        self._by_label: dict[Key, Key] = {}
+        self.heartbeat = time.monotonic()
+        """Moment at which the event loop last proved to turn."""
+        self.running = False
+
+    # -- what was seen -----------------------------------------------------------------------------------------
+
+    def tier_seen(self, tier: JsonObject, *, gone: bool) -> None:
+        """Take in a watch event of a tier."""
+        key = key_of_tier(tier)
+        if gone:
+            self.store.forget_tier(tier)
+            self.queue.add(key)
+        elif self.store.see_tier(tier):
+            self._by_label[key[0], names.slug(key[1])] = key
+            self.queue.add(key)
+
+    def object_seen(self, obj: JsonObject, *, gone: bool) -> None:
+        """Take in a watch event of anything else."""
+        label = self.store.forget(obj) if gone else self.store.see(obj)
+        self._enqueue_label(label)
+
+    def _enqueue_label(self, label: Key | None) -> None:
+        if label is not None and (key := self._by_label.get(label)) is not None:
+            self.queue.add(key)
+
+    # -- loops -------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Work until cancelled; the first failure that is not a tier's own ends everything."""
+        await self.relist()
+        self.running = True
+        self.heartbeat = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._workers):
+                group.create_task(self._work())
+            group.create_task(self._tick())
+            group.create_task(self._resync())
+            group.create_task(self._beat())
+
+    async def _beat(self) -> None:
+        while True:
+            self.heartbeat = time.monotonic()
+            self._metrics.queue(depth=self.queue.depth, oldest_age=self.queue.oldest_age)
+            await asyncio.sleep(1.0)
+
+    async def _resync(self) -> None:
+        while True:
+            await asyncio.sleep(self._resync_seconds)
+            try:
+                await self.relist()
+            except ApiError as error:
+                _log.warning("relist failed, watches go on: %s", error)
+
+    async def relist(self) -> None:
+        """Compare everything held with fresh lists: watches can lose deletions."""
+        namespaces: Sequence[str | None] = self._config.namespaces or [None]
+        kinds = (TIER, *WATCHED, AUTOSCALER)
+        for kind in kinds:
+            items, version = await self._list(kind, namespaces)
+            if kind is TIER:
+                for key in self.store.relist_tiers(items, version):
+                    self._by_label[key[0], names.slug(key[1])] = key
+                    self.queue.add(key)
+            else:
+                for label in self.store.relist(kind.kind, kind.api_version, items, version):
+                    self._enqueue_label(label)
+
+    async def _list(self, kind: Kind, namespaces: Sequence[str | None]) -> tuple[list[JsonObject], int]:
+        labels = "" if kind in {TIER, AUTOSCALER} else _SELECTOR
+        pages = [await self._cluster.list_all(kind, namespace, labels=labels) for namespace in namespaces]
+        return [item for items, _ in pages for item in items], min(version for _, version in pages)
+
+    async def _tick(self) -> None:
+        interval = parse_duration(self._config.telemetry.interval)
+        while True:
+            began = time.monotonic()
+            await self.read_loads()
+            for key in list(self.store.tiers):
+                self.queue.add(key)
+            await asyncio.sleep(max(0.1, interval - (time.monotonic() - began)))
+
+    async def read_loads(self) -> None:
+        """Read the load of all tiers at once."""
+        now = self._clock()
+        targets: dict[str, tuple[Key, TierTargets]] = {}
+        for key, raw in list(self.store.tiers.items()):
+            try:
+                tier = ServingTier.model_validate(raw)
+            except ValidationError:
+                continue  # its condition says what is wrong; there is nothing to read
+            target = facts.telemetry_targets(tier, *self.store.belonging_to(key))
+            targets[target.key] = (key, target)
+        loads = await self._loads.read([target for _, target in targets.values()], now)
+        for name, (key, _) in targets.items():
+            state = self._state(key)
+            if (load := loads.get(name)) is not None:
+                state.load, state.load_at = load, now
+
+    async def _work(self) -> None:
+        while True:
+            key = await self.queue.get()
+            began = time.monotonic()
+            outcome = "ok"
+            try:
+                again = await self.reconcile(key)
+            except NotLeaderError:
+                self.queue.failed(key)
+                raise
+            except ApiError as error:
+                outcome = "error"
+                pause = self.queue.failed(key, at_least=error.retry_after or 0.0)
+                _log.warning("%s/%s: %s; again in %.0f s", *key, error, pause)
+            except Exception:  # noqa: BLE001 - see below
+                # One tier's surprise must not stop the others; it is logged whole and comes again, slower each time.
+                outcome = "error"
+                pause = self.queue.failed(key)
+                _log.exception("%s/%s: reconciling failed; again in %.0f s", *key, pause)
+            else:
+                self.queue.done(key)
+                if again is not None:
+                    self.queue.add_after(key, again)
+            self._metrics.reconciled(outcome=outcome, seconds=time.monotonic() - began)
+
+    # -- one tier ----------------------------------------------------------------------------------------------
+
+    def _state(self, key: Key) -> _TierState:
+        if key not in self._states:
+            self._states[key] = _TierState(watching_since=self._clock())
+        return self._states[key]
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Look at one tier, plan, write; return when to look again, seconds, or None when it is gone.
+
+        Raises:
+            ApiError: A write failed in a way that is worth trying again later.
+            NotLeaderError: This process may no longer write.
+        """
+        raw = self.store.tiers.get(key)
+        if raw is None:
+            # Its children carry ownerReferences: the garbage collector removes them, also without us.
+            self._states.pop(key, None)
+            self._by_label.pop((key[0], names.slug(key[1])), None)
+            self.queue.forget(key)
+            self._metrics.forget(key)
+            return None
+        state = self._state(key)
+        observed = Observed(self._clock(), self._config, (await self._gather(key, raw, state),))
+        plan = reconcile.plan(observed)
+        state.remembered = plan.remember[0]
+        state.accounted_at = state.load_at
+        error = await self._execute(key, plan, state)
+        self._metrics.planned(key, plan, observed)
+        if error is not None:
+            raise error
+        return plan.recheck_after
+
+    async def _gather(self, key: Key, raw: JsonObject, state: _TierState) -> Member:
+        objects, pods = self.store.belonging_to(key)
+        held = {Ref.of(obj) for obj in objects}
+        strangers = [await self._cluster.get(ref) for ref in sorted(state.strangers - held, key=str)]
+        state.strangers = {Ref.of(obj) for obj in strangers if obj is not None}
+        elapsed = 0.0
+        if state.load_at is not None and state.load_at != state.accounted_at:
+            elapsed = state.load_at - (state.accounted_at or state.watching_since)
+        return Member(
+            raw=raw,
+            objects=(*objects, *(obj for obj in strangers if obj is not None)),
+            pods=pods,
+            load=state.load,
+            load_elapsed=max(0.0, elapsed),
+            watching_since=state.watching_since,
+            remembered=state.remembered,
+            failures=state.failures,
+            autoscalers=self.store.autoscalers(key[0]),
+        )
+
+    async def _execute(self, key: Key, plan: Plan, state: _TierState) -> ApiError | None:
+        """Carry out the writes in order; one that fails does not stop the others of the tier."""
+        failures: list[str] = []
+        worst: ApiError | None = None
+        for write in plan.writes:
+            try:
+                await self._carry_out(write)
+            except ApiError as error:
+                ref = Ref.of(write.body)
+                if write.verb is Verb.CREATE and error.status == 409:
+                    # The name is taken. The next pass reads whose object it is and says so.
+                    state.strangers.add(ref)
+                    self.queue.add_after(key, 0.0)
+                    continue
+                if error.status in {404, 409}:
+                    # Our picture is old: the object went, or is another one now.
+                    await self._look_again(ref, write.body)
+                    self.queue.add_after(key, 0.2)
+                    continue
+                if 400 <= error.status < 500 and error.status != 429:
+                    failures.append(f"{write.verb} {ref.kind} {ref.name}: {error.message}")
+                worst = error
+        state.failures = tuple(failures)
+        for event in plan.events:
+            await self._post(event)
+        return worst
+
+    async def _carry_out(self, write: Write) -> None:
+        body = write.body
+        if write.verb is not Verb.STATUS:
+            _log.info("%s %s: %s", write.verb, Ref.of(body), write.why)
+        match write.verb:
+            case Verb.CREATE:
+                self.store.see(await self._cluster.create(body))
+            case Verb.APPLY:
+                self.store.see(await self._cluster.apply(body))
+            case Verb.FIELDS:
+                self.store.see(await self._cluster.take_over_fields(body, body["metadata"]["managedFields"]))
+            case Verb.DELETE:
+                await self._cluster.delete(body)
+                self.store.forget(body)
+            case Verb.STATUS:
+                self.store.see_tier(await self._cluster.apply_status(body))
+
+    async def _look_again(self, ref: Ref, body: JsonObject) -> None:
+        current = await self._cluster.get(ref)
+        if ref.kind == TIER.kind:
+            if current is not None:
+                self.store.see_tier(current)
+        elif current is not None:
+            self.store.see(current)
+        else:
+            self.store.forget(body)
+
+    async def _post(self, event: Event) -> None:
+        """Post an event; one that cannot be posted is logged and lost, as everywhere in Kubernetes."""
+        meta = event.regarding["metadata"]
+        now = self._clock()
+        body = {
+            "apiVersion": EVENT.api_version,
+            "kind": EVENT.kind,
+            "metadata": {"name": f"{meta['name'][:200]}.{time.time_ns():x}", "namespace": meta["namespace"]},
+            "eventTime": to_time(now).replace("Z", ".000000Z"),
+            "reportingController": "servingtiers.io/operator",
+            "reportingInstance": self._metrics.identity[:128],
+            "action": event.reason,
+            "reason": event.reason,
+            "note": event.message[:1024],
+            "type": event.type,
+            "regarding": {
+                "apiVersion": event.regarding["apiVersion"],
+                "kind": event.regarding["kind"],
+                "namespace": meta["namespace"],
+                "name": meta["name"],
+                "uid": meta["uid"],
+            },
+        }
+        _log.info("%s %s/%s: %s", event.reason, meta["namespace"], meta["name"], event.message)
+        try:
+            await self._cluster.create(body)
+        except ApiError as error:
+            _log.warning("event %s was not posted: %s", event.reason, error)

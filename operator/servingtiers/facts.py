@@ -1,0 +1,188 @@
+"""From Kubernetes objects to what scaling, conditions and telemetry need to know of them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from servingtiers.api.spec import PoolScaling, ServingTier
+from servingtiers.api.status import PoolMemory
+from servingtiers.core.decisions import PoolFacts, PoolRole
+from servingtiers.core.effective import PoolSettings
+from servingtiers.core.state import JsonObject, Ref
+from servingtiers.core.telemetry import PodTarget, PoolTargets, TierTargets
+from servingtiers.core.times import from_time
+from servingtiers.render import engine, names, router
+
+__all__ = [
+    "PoolShape",
+    "PoolView",
+    "pool_facts",
+    "pool_shapes",
+    "telemetry_targets",
+    "view_pool",
+    "view_router",
+]
+
+_STARTS_KEPT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PoolShape:
+    """One pool that the spec asks for."""
+
+    name: str
+    role: PoolRole
+    scaling: PoolScaling
+
+
+def pool_shapes(tier: ServingTier) -> tuple[PoolShape, ...]:
+    """Return the pools that the spec asks for: one, or prefill and decode."""
+    spec = tier.spec
+    if (split := spec.disaggregation) is not None:
+        return (
+            PoolShape("prefill", PoolRole.PREFILL, split.prefill.scaling),
+            PoolShape("decode", PoolRole.DECODE, split.decode.scaling),
+        )
+    return (PoolShape("pool", PoolRole.AGGREGATED, spec.pool.scaling if spec.pool else PoolScaling()),)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolView:
+    """What the cluster holds of one Deployment."""
+
+    deployment: JsonObject | None
+    pods: tuple[JsonObject, ...]
+
+    @property
+    def ready_pods(self) -> tuple[JsonObject, ...]:
+        """Pods that are ready and stay."""
+        return tuple(pod for pod in self.pods if _condition(pod, "Ready") == "True" and not _leaving(pod))
+
+    @property
+    def unschedulable_pods(self) -> tuple[JsonObject, ...]:
+        """Pods that no node has room for."""
+        return tuple(pod for pod in self.pods if _unschedulable(pod) and not _leaving(pod))
+
+
+def view_pool(
+    tier: ServingTier, pool: str, objects: Iterable[JsonObject], pods: Iterable[JsonObject]
+) -> PoolView:
+    """Return the Deployment of a pool and the pods that are at home in it."""
+    return _view(
+        names.engine_deployment(tier.metadata.name, pool), names.engine_selector(tier, pool), objects, pods
+    )
+
+
+def view_router(tier: ServingTier, objects: Iterable[JsonObject], pods: Iterable[JsonObject]) -> PoolView:
+    """Return the router's Deployment and its pods."""
+    return _view(names.router_deployment(tier.metadata.name), names.router_selector(tier), objects, pods)
+
+
+def _view(
+    name: str, selector: dict[str, str], objects: Iterable[JsonObject], pods: Iterable[JsonObject]
+) -> PoolView:
+    deployment = next(
+        (obj for obj in objects if obj["kind"] == "Deployment" and Ref.of(obj).name == name), None
+    )
+    mine = (pod for pod in pods if selector.items() <= pod["metadata"].get("labels", {}).items())
+    return PoolView(deployment, tuple(mine))
+
+
+def pool_facts(
+    shape: PoolShape, settings: PoolSettings, view: PoolView, memory: PoolMemory, *, now: float, initial: int
+) -> PoolFacts:
+    """Return what scaling needs to know of a pool; ``initial`` are the replicas of a pool that is not there yet."""
+    deployment = view.deployment or {}
+    live = deployment.get("spec", {}).get("replicas", initial)
+    ready = view.ready_pods
+    unschedulable = len(view.unschedulable_pods)
+    terminating = sum(1 for pod in view.pods if _leaving(pod))
+    waiting = len(view.pods) - len(ready) - terminating - unschedulable
+    since = [moment for pod in ready if (moment := _since(pod, "Ready")) is not None]
+    starts = startup_times(view) or memory.startup_seconds
+    return PoolFacts(
+        name=shape.name,
+        role=shape.role,
+        scaling=shape.scaling,
+        replicas=live,
+        ready=len(ready),
+        pending=max(waiting, live - len(ready) - unschedulable if deployment else 0, 0),
+        unschedulable=unschedulable,
+        terminating=terminating,
+        rolling=_rolling(deployment),
+        max_num_seqs=settings.max_num_seqs,
+        startup_seconds=median(starts) if starts else None,
+        settled_seconds=max(0.0, now - max(since)) if since else None,
+    )
+
+
+def startup_times(view: PoolView) -> list[int]:
+    """Return how long the ready pods took from creation to readiness, seconds, oldest first.
+
+    A container that was restarted became ready for another reason and is left out.
+    """
+    starts: list[tuple[float, int]] = []
+    for pod in view.ready_pods:
+        ready = _since(pod, "Ready")
+        restarts = sum(c.get("restartCount", 0) for c in pod.get("status", {}).get("containerStatuses", ()))
+        if ready is not None and not restarts:
+            created = from_time(pod["metadata"]["creationTimestamp"])
+            starts.append((ready, max(0, round(ready - created))))
+    return [seconds for _, seconds in sorted(starts)][-_STARTS_KEPT:]
+
+
+def telemetry_targets(
+    tier: ServingTier, objects: Sequence[JsonObject], pods: Sequence[JsonObject]
+) -> TierTargets:
+    """Return whom to ask about a tier's load."""
+    pools = []
+    for shape in pool_shapes(tier):
+        view = view_pool(tier, shape.name, objects, pods)
+        desired = (view.deployment or {}).get("spec", {}).get("replicas", 0)
+        pools.append(PoolTargets(shape.name, shape.role, desired, _targets(view, engine.PORT)))
+    routers = _targets(view_router(tier, objects, pods), router.METRICS_PORT)
+    return TierTargets(tier.metadata.namespace, tier.metadata.name, tuple(pools), routers)
+
+
+def _targets(view: PoolView, port: int) -> tuple[PodTarget, ...]:
+    return tuple(
+        PodTarget(pod["metadata"]["name"], ip, port, ready_since=_since(pod, "Ready"))
+        for pod in view.ready_pods
+        if (ip := pod.get("status", {}).get("podIP"))
+    )
+
+
+def _rolling(deployment: JsonObject) -> bool:
+    """Return whether old pods remain or the controller has not looked at the newest template yet."""
+    if not deployment:
+        return False
+    status = deployment.get("status", {})
+    replicas = status.get("replicas", 0)
+    observed = status.get("observedGeneration", 0) >= deployment["metadata"].get("generation", 0)
+    return bool(not observed or status.get("updatedReplicas", 0) < replicas)
+
+
+def _leaving(pod: JsonObject) -> bool:
+    return "deletionTimestamp" in pod["metadata"]
+
+
+def _conditions(pod: JsonObject) -> Iterable[dict[str, Any]]:
+    return pod.get("status", {}).get("conditions", ())  # type: ignore[no-any-return]  # JSON
+
+
+def _condition(pod: JsonObject, kind: str) -> str | None:
+    return next((c["status"] for c in _conditions(pod) if c["type"] == kind), None)
+
+
+def _since(pod: JsonObject, kind: str) -> float | None:
+    for condition in _conditions(pod):
+        if condition["type"] == kind and (moment := condition.get("lastTransitionTime")):
+            return from_time(moment)
+    return None
+
+
+def _unschedulable(pod: JsonObject) -> bool:
+    return any(c["type"] == "PodScheduled" and c["status"] == "False" for c in _conditions(pod))

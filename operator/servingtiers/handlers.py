@@ -1,0 +1,278 @@
+"""Kopf, and nothing else: watches feed the controller, start-up and shutdown are ordered, probes answer.
+
+Only ``@kopf.on.event`` is used. Kopf's change handlers, timers and daemons would add finalizers and annotations to
+every object and react to edges; the controller reacts to levels (docs/decisions/0001).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import kopf
+import yaml
+from prometheus_client import CollectorRegistry
+from pydantic import ValidationError
+
+from servingtiers import __version__
+from servingtiers.adapters.cluster import AUTOSCALER, TIER, Cluster
+from servingtiers.adapters.leadership import Leadership, LeaseTimes
+from servingtiers.adapters.operator_metrics import OperatorMetrics
+from servingtiers.adapters.prometheus import PrometheusSource
+from servingtiers.adapters.scrape import ScrapeSource
+from servingtiers.controller import WATCHED, Controller
+from servingtiers.core.config import OperatorConfig
+from servingtiers.core.state import JsonObject
+from servingtiers.core.telemetry import LoadSource
+from servingtiers.render import names
+
+__all__ = ["Options", "load_config", "run"]
+
+_log = logging.getLogger(__name__)
+
+_STALLED_LOOP = 10.0
+_STUCK_KEY = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How one operator process runs."""
+
+    config: OperatorConfig
+    kubeconfig: str | None = None
+    namespace: str = "default"
+    """The operator's own namespace: its Lease is here, and in namespaced mode it watches this one by default."""
+    identity: str = field(
+        default_factory=lambda: f"{os.environ.get('HOSTNAME', 'local')}_{uuid.uuid4().hex[:8]}"
+    )
+    lease: LeaseTimes | None = field(default_factory=LeaseTimes)
+    """None: no leader election, for tests and one-replica set-ups that say so."""
+    health_port: int | None = 8080
+    metrics_port: int | None = 8081
+    workers: int = 8
+    resync_seconds: float = 300.0
+
+
+def load_config(path: str | None) -> OperatorConfig:
+    """Read the operator's configuration from a YAML file; the defaults without one.
+
+    Raises:
+        ValueError: The file is no such configuration; the message names field and mend.
+    """
+    if path is None:
+        return OperatorConfig()
+    document = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    try:
+        return OperatorConfig.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{path}: {where}: {first['msg']}") from error
+
+
+def load_source(config: OperatorConfig) -> LoadSource:
+    """Return the telemetry the configuration asks for.
+
+    Raises:
+        ValueError: Prometheus is asked for and its address is missing.
+    """
+    telemetry = config.telemetry
+    if telemetry.source == "Prometheus":
+        if telemetry.prometheus is None:
+            raise ValueError(
+                "telemetry.source is Prometheus: set telemetry.prometheus.url, or source: Scrape"
+            )
+        return PrometheusSource(telemetry)
+    return ScrapeSource(telemetry)
+
+
+async def run(options: Options, *, stop: asyncio.Event | None = None) -> None:
+    """Run the operator until ``stop`` is set, a signal arrives or leadership is lost."""
+    stop = stop or asyncio.Event()
+    metrics = OperatorMetrics(CollectorRegistry(), identity=options.identity)
+    async with (
+        Cluster.connect(kubeconfig=options.kubeconfig) as cluster,
+        contextlib.aclosing(load_source(options.config)) as loads,
+    ):
+        cluster.on_write = metrics.wrote
+        controller = Controller(
+            cluster,
+            _with_namespaces(options),
+            loads,
+            metrics,
+            workers=options.workers,
+            resync_seconds=options.resync_seconds,
+        )
+        async with _serving(options, controller, metrics), _leading(options, cluster, metrics) as lost:
+            await _until_first(
+                stop.wait(), lost, controller.run(), _watch(options, controller, metrics, stop)
+            )
+
+
+def _with_namespaces(options: Options) -> OperatorConfig:
+    config = options.config
+    if config.namespaces or config.cluster_mode:
+        return config
+    return config.model_copy(update={"namespaces": [options.namespace]})
+
+
+@contextlib.asynccontextmanager
+async def _leading(options: Options, cluster: Cluster, metrics: OperatorMetrics) -> AsyncIterator[Any]:
+    """Hold the Lease for the body; yields what ends when the Lease is lost."""
+    if options.lease is None:
+        metrics.leading(yes=True)
+        yield asyncio.Event().wait()
+        return
+    leadership = Leadership(
+        cluster.api,
+        name="servingtiers-operator",
+        namespace=options.namespace,
+        identity=options.identity,
+        times=options.lease,
+    )
+    metrics.leading(yes=False)
+    await leadership.acquire()
+    cluster.guard = leadership.check
+    metrics.leading(yes=True)
+    try:
+        yield leadership.hold()
+    finally:
+        await leadership.release()
+
+
+async def _until_first(*waits: Any) -> None:
+    """Run all until the first ends, then cancel the others; its exception, if any, is raised."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# -- Kopf ------------------------------------------------------------------------------------------------------
+
+
+async def _watch(
+    options: Options, controller: Controller, metrics: OperatorMetrics, stop: asyncio.Event
+) -> None:
+    """Feed the controller from Kopf's watches."""
+    registry = kopf.OperatorRegistry()
+    settings = kopf.OperatorSettings()
+    _configure(settings)
+    config = _with_namespaces(options)
+
+    @kopf.on.login(registry=registry)
+    async def login(**kwargs: Any) -> Any:
+        if options.kubeconfig is not None:
+            os.environ["KUBECONFIG"] = options.kubeconfig
+        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+
+    @kopf.on.event(TIER.api_version.split("/")[0], "v1alpha1", TIER.plural, registry=registry)
+    async def tier(event: kopf.RawEvent, **_: Any) -> None:
+        metrics.watched(TIER.kind)
+        controller.tier_seen(_plain(event), gone=event["type"] == "DELETED")
+
+    async def child(event: kopf.RawEvent, **_: Any) -> None:
+        metrics.watched(str(event["object"].get("kind", "")))
+        controller.object_seen(_plain(event), gone=event["type"] == "DELETED")
+
+    for kind in (*WATCHED, AUTOSCALER):
+        group, _, version = kind.api_version.rpartition("/")
+        labels = None if kind is AUTOSCALER else {names.MANAGED_BY_LABEL: names.MANAGED_BY}
+        kopf.on.event(group, version, kind.plural, labels=labels, id=kind.plural, registry=registry)(child)
+        if labels:
+            settings.watching.label_selectors[group, kind.plural] = (
+                f"{names.MANAGED_BY_LABEL}={names.MANAGED_BY}"
+            )
+
+    await kopf.operator(
+        registry=registry,
+        settings=settings,
+        standalone=True,
+        clusterwide=not config.namespaces,
+        namespaces=config.namespaces,
+        stop_flag=stop,
+    )
+
+
+def _configure(settings: kopf.OperatorSettings) -> None:
+    settings.posting.enabled = False  # the controller posts what was decided, not what was logged
+    settings.scanning.disabled = (
+        True  # resources are named and namespaces are configured: nothing to discover
+    )
+    settings.watching.server_timeout = 480
+    settings.watching.client_timeout = 510
+    settings.watching.connect_timeout = 10
+    settings.watching.chunk_size = 500
+    settings.networking.request_timeout = 20
+    settings.networking.connect_timeout = 5
+    settings.networking.error_backoffs = (0.5, 1, 2, 4)
+    settings.queueing.error_delays = (1, 2, 5, 10, 30, 60)
+    settings.process.ultimate_exiting_timeout = 25
+
+
+def _plain(event: kopf.RawEvent) -> JsonObject:
+    return dict(event["object"])
+
+
+# -- probes and metrics ----------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def _serving(options: Options, controller: Controller, metrics: OperatorMetrics) -> AsyncIterator[None]:
+    """Answer ``/healthz``, ``/readyz`` and ``/metrics`` for the body."""
+    from aiohttp import web
+
+    async def healthz(_: web.Request) -> web.Response:
+        problem = unhealthy(controller)
+        return web.json_response({"problem": problem, "version": __version__}, status=503 if problem else 200)
+
+    async def serve_metrics(_: web.Request) -> web.Response:
+        body, content_type = metrics.render()
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    runners = []
+    for port, routes in (
+        (options.health_port, [web.get("/healthz", healthz), web.get("/readyz", healthz)]),
+        (options.metrics_port, [web.get("/metrics", serve_metrics)]),
+    ):
+        if port is None:
+            continue
+        app = web.Application()
+        app.add_routes(routes)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, port=port).start()
+        runners.append(runner)
+    try:
+        yield
+    finally:
+        for runner in runners:
+            await runner.cleanup()
+
+
+def unhealthy(controller: Controller) -> str | None:
+    """Return why the process should be restarted; None while it is well.
+
+    A follower that waits for the Lease is well. Kopf's own liveness says nothing of a stalled loop.
+    """
+    if not controller.running:
+        return None
+    silent = time.monotonic() - controller.heartbeat
+    if silent > _STALLED_LOOP:
+        return f"the event loop has not turned for {silent:.0f} s"
+    if controller.queue.oldest_age > _STUCK_KEY:
+        return f"a tier has waited {controller.queue.oldest_age:.0f} s for a worker"
+    return None
