@@ -100,7 +100,10 @@ class Histogram:
     def __post_init__(self) -> None:
         if len(self.bounds) != len(self.counts) or not self.bounds or self.bounds[-1] != math.inf:
             raise ValueError("a histogram has one count per bound and its last bound is +Inf")
-        if any(b <= a for a, b in pairwise(self.bounds)) or any(b < a for a, b in pairwise(self.counts)):
+        # Written so that a NaN fails too.
+        if not all(a < b for a, b in pairwise(self.bounds)) or not all(
+            a <= b for a, b in pairwise(self.counts)
+        ):
             raise ValueError("bounds ascend and cumulative counts never fall")
         if not (self.counts[0] >= 0 and math.isfinite(self.counts[-1]) and math.isfinite(self.sum)):
             raise ValueError("counts and their sum are finite and counts are not negative")
