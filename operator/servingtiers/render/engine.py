@@ -147,12 +147,14 @@ def engine_args(tier: ServingTier, settings: TierSettings, pool: PoolSettings) -
     switches = ["enable-mfu-metrics", "disable-fastapi-docs"]
     if model.trust_remote_code:
         switches.append("trust-remote-code")
-    return (
+    arguments = (
         _model_argument(tier),
         *(f"--{name}={value}" for name, value in flags.items() if value is not None),
         *(f"--{name}" for name in switches),
         *render_extra_args(pool.engine_version, pool.extra_args),
     )
+    # Kubernetes expands $(NAME) in arguments: doubled, it stays text, and $(HF_TOKEN) never reaches vLLM's log.
+    return tuple(argument.replace("$", "$$") for argument in arguments)
 
 
 def _environment(tier: ServingTier, settings: TierSettings, pool: PoolSettings) -> list[JsonObject]:
@@ -232,8 +234,11 @@ def _resources(tier: ServingTier, pool: PoolSettings) -> JsonObject:
     }
 
 
+def _health() -> JsonObject:
+    return {"path": "/health", "port": "http"}
+
+
 def _container(tier: ServingTier, settings: TierSettings, pool: PoolSettings) -> JsonObject:
-    health = {"path": "/health", "port": "http"}
     ports: list[JsonObject] = [{"name": "http", "containerPort": PORT, "protocol": "TCP"}]
     if pool.role is not PoolRole.AGGREGATED:
         ports.append({"name": "nixl", "containerPort": NIXL_PORT, "protocol": "TCP"})
@@ -246,15 +251,20 @@ def _container(tier: ServingTier, settings: TierSettings, pool: PoolSettings) ->
         "ports": ports,
         "resources": _resources(tier, pool),
         "startupProbe": {
-            "httpGet": health,
+            "httpGet": _health(),
             "periodSeconds": 5,
             "timeoutSeconds": 5,
             "failureThreshold": STARTUP_SECONDS // 5,
         },
-        "readinessProbe": {"httpGet": health, "periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": 3},
+        "readinessProbe": {
+            "httpGet": _health(),
+            "periodSeconds": 5,
+            "timeoutSeconds": 5,
+            "failureThreshold": 3,
+        },
         # A long step may hold an answer up; only an engine that is silent for a minute is restarted.
         "livenessProbe": {
-            "httpGet": health,
+            "httpGet": _health(),
             "periodSeconds": 10,
             "timeoutSeconds": 10,
             "failureThreshold": 6,

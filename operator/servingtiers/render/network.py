@@ -32,7 +32,7 @@ def _tcp(*ports: int | tuple[int, int]) -> list[JsonObject]:
 
 
 def _pods(labels: dict[str, str]) -> JsonObject:
-    return {"podSelector": {"matchLabels": labels}}
+    return {"podSelector": {"matchLabels": dict(labels)}}
 
 
 def _metrics_readers(config: OperatorConfig) -> list[JsonObject]:
@@ -82,15 +82,17 @@ def network_policies(
         shared = names.router_labels(tier)[names.SHARED_POOL_LABEL]
         callers = [_pods({names.COMPONENT_LABEL: names.ROUTER, names.SHARED_POOL_LABEL: shared})]
         targets = [_pods({names.COMPONENT_LABEL: names.ENGINE})]
-    transfer = _tcp(engine.NIXL_PORT, engine.UCX_PORTS)
+
+    def transfer() -> list[JsonObject]:
+        return _tcp(engine.NIXL_PORT, engine.UCX_PORTS)
 
     engine_ingress: list[JsonObject] = [
         {"from": [*callers, *_metrics_readers(config)], "ports": _tcp(engine.PORT)}
     ]
     engine_egress: list[JsonObject] = [_dns()]
     if disaggregated:
-        engine_ingress.append({"from": [_pods(engines)], "ports": transfer})
-        engine_egress.append({"to": [_pods(engines)], "ports": transfer})
+        engine_ingress.append({"from": [_pods(engines)], "ports": transfer()})
+        engine_egress.append({"to": [_pods(engines)], "ports": transfer()})
     if engine.needs_hub(tier, settings):
         engine_egress.append(_internet(_tcp(443)))
 

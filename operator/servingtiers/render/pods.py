@@ -74,7 +74,7 @@ def metadata(tier: ServingTier, name: str, labels: dict[str, str]) -> JsonObject
     OwnerReferencesPermissionEnforcement is on, and would hold up a foreground deletion of the tier until the last
     engine has drained. A tier without a uid (rendered without a cluster) gives objects without an owner.
     """
-    meta: JsonObject = {"name": name, "namespace": tier.metadata.namespace, "labels": labels}
+    meta: JsonObject = {"name": name, "namespace": tier.metadata.namespace, "labels": dict(labels)}
     if tier.metadata.uid:
         meta["ownerReferences"] = [
             {

@@ -99,7 +99,7 @@ def _disruption_budget(tier: ServingTier, component: str, pool: str, selector: d
         "spec": {
             # Not minAvailable: with one replica that would hold up every node drain for ever.
             "maxUnavailable": 1,
-            "selector": {"matchLabels": selector},
+            "selector": {"matchLabels": dict(selector)},
             # A pod that is not ready serves nobody: it must not hold up a drain either.
             "unhealthyPodEvictionPolicy": "AlwaysAllow",
         },
