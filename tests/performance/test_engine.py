@@ -58,7 +58,7 @@ def a_model(
     return GridStepModel(StepSource(SourceKind.TABLE, "synthetic", 5.0), kv_capacity, grid)
 
 
-def _random_case(seed: int) -> tuple[PoolConfig, kernel.Requests, ReferenceConfig, int | None]:
+def _random_case(seed: int) -> tuple[PoolConfig, kernel.Requests, ReferenceConfig, int | None, float]:
     """One random engine and its requests; small, so that preemption, blocking and chunking all happen often."""
     rng = random.Random(seed)
     speculate = rng.random() < 0.1
@@ -84,6 +84,7 @@ def _random_case(seed: int) -> tuple[PoolConfig, kernel.Requests, ReferenceConfi
         priority_scheduling=rng.random() < 0.3,
         reserve_kv=rng.random() < 0.15,
         static_batching=static,
+        async_scheduling=rng.random() < 0.5,
     )
     count = rng.choice([1, 7, 40, 120])
     closed = rng.choice([None, None, 1, 3, 50])
@@ -116,8 +117,9 @@ def _random_case(seed: int) -> tuple[PoolConfig, kernel.Requests, ReferenceConfi
         reserve=engine.reserve_kv or static or speculate,
         static=static,
         speculated=drafted if speculate else 0,
+        asynchronous=engine.async_scheduling,
     )
-    return PoolConfig(model, engine), requests, reference, closed
+    return PoolConfig(model, engine), requests, reference, closed, rng.choice([0.0, 0.0, 7.3])
 
 
 def _reference_requests(requests: kernel.Requests) -> list[ReferenceRequest]:
@@ -139,15 +141,15 @@ def test_the_kernel_gives_the_reference_s_times_on_random_configurations() -> No
     """First and last token of every request, and preemptions, agree on 600 random engines and loads."""
     preempted = static = speculated = 0
     for seed in range(CONFIGURATIONS):
-        pool, requests, reference, closed = _random_case(seed)
+        pool, requests, reference, closed, delay = _random_case(seed)
         plain = _reference_requests(requests)
         state = make_pool(pool)
         if closed is None:
-            simulate_open(reference, pool.model.grid.step_ms, plain)
-            kernel.run_open(state, requests, least_loaded=False)
+            simulate_open(reference, pool.model.grid.step_ms, plain, delay)
+            kernel.run_open(state, requests, delay, least_loaded=False)
         else:
-            simulate_closed(reference, pool.model.grid.step_ms, plain, closed)
-            kernel.run_closed(state, requests, closed)
+            simulate_closed(reference, pool.model.grid.step_ms, plain, closed, delay)
+            kernel.run_closed(state, requests, delay, closed)
 
         np.testing.assert_allclose(requests.first, [r.first for r in plain], rtol=1e-9, err_msg=str(seed))
         np.testing.assert_allclose(requests.last, [r.last for r in plain], rtol=1e-9, err_msg=str(seed))
@@ -169,12 +171,12 @@ def test_the_kernel_gives_the_reference_s_times_on_random_configurations() -> No
 @pytest.mark.parametrize("seed", range(40))
 def test_a_run_cut_into_pieces_is_the_same_run(seed: int) -> None:
     """A fleet simulator may stop at any instant and go on: the times do not change."""
-    pool, requests, _, _ = _random_case(seed)
+    pool, requests, _, _, _ = _random_case(seed)
     requests = requests._replace(
         arrival=np.sort(np.random.default_rng(seed).exponential(300.0, len(requests.arrival)))
     )
     whole = make_pool(pool)
-    kernel.run_open(whole, requests, least_loaded=False)
+    kernel.run_open(whole, requests, 0.0, least_loaded=False)
     first, last = requests.first.copy(), requests.last.copy()
     requests.first[:] = np.nan
     requests.generated[:] = 0
@@ -250,7 +252,7 @@ def test_priority_scheduling_shields_the_interactive_class() -> None:
         pool = PoolConfig(a_model(), EngineConfig(max_num_seqs=8, priority_scheduling=priority))
         workload = Workload(300, 100, rate=9.6, batch_share=0.7)
         requests = draw_requests(workload, 4000, 0, pool.model)
-        kernel.run_open(make_pool(pool), requests, least_loaded=False)
+        kernel.run_open(make_pool(pool), requests, 0.0, least_loaded=False)
         results[priority] = float((requests.first - requests.arrival)[requests.klass == 0].mean())
 
     assert results[True] < 0.5 * results[False]

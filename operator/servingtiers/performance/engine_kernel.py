@@ -82,7 +82,8 @@ OUTPUT_TOKENS = 20
 PADDED = 21  # static batching: sequences that are done but still occupy the batch
 JUST_FINISHED = 22  # requests finished in the last step, their ids in Pool.finished
 WAITING_TOKENS = 23  # prompt tokens waiting to be computed
-INTS = 24
+ELIGIBLE = 24  # waiting requests that the next step may admit (asynchronous scheduling)
+INTS = 25
 
 # --- real-valued state of one replica (columns of Pool.reals) -------------------------------------------------
 CLOCK = 0
@@ -103,7 +104,8 @@ PRIORITY = 4  # 1: the interactive class is admitted first and preempted last
 RESERVE = 5  # 1: KV for the whole answer is reserved at admission, so nothing is ever preempted
 STATIC = 6  # 1: a batch is admitted only when the batch before it is done
 SPECULATED = 7  # draft tokens verified per step
-CONFIG = 8
+ASYNC = 8  # 1: a step is composed while the step before it runs, so it misses what arrives meanwhile
+CONFIG = 9
 
 ITL_BINS = 1024
 _MANTISSA_BITS = 5  # 32 bins an octave: 2.2 % wide
@@ -232,7 +234,7 @@ def step_time(table: StepTable, prompt: float, pairs: float, decoding: int, kv: 
 @_inlined
 def itl_bin(ms: float) -> int:
     """Histogram bin of an inter-token latency: the top bits of the float, so 32 bins an octave."""
-    place: int = (np.float64(ms).view(np.int64) >> (52 - _MANTISSA_BITS)) - _ITL_BASE
+    place = (int(np.float64(ms).view(np.int64)) >> (52 - _MANTISSA_BITS)) - _ITL_BASE
     return min(max(place, 0), ITL_BINS - 1)
 
 
@@ -521,16 +523,21 @@ def _schedule(pool: Pool, requests: Requests, replica: int) -> None:
         budget -= chunk
     # 3. New ones, in the order of the queue. Static batching admits only into an empty batch, and all at once.
     static = config[STATIC] == 1
+    # Composed while the step before it ran, a step knows only who had arrived by that one's start.
+    late = 0
+    if config[ASYNC] == 1 and ints[RUNNING] > 0:
+        late = max(ints[WAITING] - ints[ELIGIBLE], 0)
     if not preempted and not (static and ints[RUNNING] > 0):
         if static:
             budget = 1 << 62
-        while budget > 0 and ints[WAITING] > 0 and ints[RUNNING] < config[MAX_SEQS]:
+        while budget > 0 and ints[WAITING] > late and ints[RUNNING] < config[MAX_SEQS]:
             chunk, more = _admit_one(pool, requests, replica, budget)
             if chunk == 0:
                 break
             prompt += chunk
             pairs += more
             budget -= chunk
+    ints[ELIGIBLE] = ints[WAITING]
     time = step_time(table, float(prompt), pairs, decoding, reals[KV])
     reals[END] = reals[CLOCK] + time
     reals[BUSY_MS] += time
@@ -663,6 +670,8 @@ def _coast(pool: Pool, replica: int, until: float) -> None:
         busy += time
         blocks_ms += time * used
         itl[itl_bin(time)] += answering
+    if steps > ints[STEPS]:
+        ints[ELIGIBLE] = ints[WAITING]
     ints[STEPS] = steps
     ints[BLOCKS_FREE] = free
     reals[KV] = kv
@@ -736,11 +745,18 @@ def _head_fits(pool: Pool, requests: Requests, replica: int) -> bool:
 
 # --- drivers --------------------------------------------------------------------------------------------------
 @_compiled
-def run_open(pool: Pool, requests: Requests, least_loaded: bool) -> None:
-    """Open loop: requests arrive when they arrive (rows ascending in time) and are routed to the replicas."""
+def run_open(pool: Pool, requests: Requests, delay: float, least_loaded: bool) -> None:
+    """Open loop: requests arrive when they arrive (rows ascending in time) and are routed to the replicas.
+
+    Args:
+        pool: The pool.
+        requests: The requests.
+        delay: Time from a request's arrival at the front end to the scheduler, ms.
+        least_loaded: Route to the replica with the fewest unanswered requests instead of round robin.
+    """
     replicas = pool.ints.shape[0]
     for request in range(requests.arrival.shape[0]):
-        now = requests.arrival[request]
+        now = requests.arrival[request] + delay
         chosen = request % replicas
         if least_loaded:
             lowest = 1 << 62
@@ -760,17 +776,30 @@ def run_open(pool: Pool, requests: Requests, least_loaded: bool) -> None:
 
 
 @_compiled
-def run_closed(pool: Pool, requests: Requests, concurrency: int) -> None:
-    """Closed loop on replica 0: ``concurrency`` clients, each sends its next request when one is answered."""
+def run_closed(pool: Pool, requests: Requests, delay: float, concurrency: int) -> None:
+    """Closed loop on replica 0: ``concurrency`` clients, each sends its next request when one is answered.
+
+    Args:
+        pool: The pool.
+        requests: The requests, in the order they are sent; their arrival times are written.
+        delay: Time from a request's arrival at the front end to the scheduler, ms.
+        concurrency: Clients.
+    """
     total = requests.arrival.shape[0]
-    issued = min(concurrency, total)
-    for request in range(issued):
+    sent = min(concurrency, total)
+    for request in range(sent):
         requests.arrival[request] = 0.0
-        inject(pool, requests, 0, request, 0.0)
-    while advance(pool, requests, 0, np.inf, stop_at_finish=True):
-        now = pool.reals[0, CLOCK]
-        for _ in range(pool.ints[0, JUST_FINISHED]):
-            if issued < total:
-                requests.arrival[issued] = now
-                inject(pool, requests, 0, issued, now)
-                issued += 1
+    injected = 0
+    while True:
+        until = requests.arrival[injected] + delay if injected < sent else np.inf
+        if advance(pool, requests, 0, until, stop_at_finish=True):
+            now = pool.reals[0, CLOCK]
+            for _ in range(pool.ints[0, JUST_FINISHED]):
+                if sent < total:
+                    requests.arrival[sent] = now
+                    sent += 1
+        elif injected < sent:
+            inject(pool, requests, 0, injected, until)
+            injected += 1
+        else:
+            break

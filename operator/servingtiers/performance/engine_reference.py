@@ -11,6 +11,9 @@ what those times *should* be. What it models, in the order a step is composed:
 3. Waiting requests are admitted in order while budget, ``max_num_seqs`` and KV blocks last; none in a step that
    preempted. The last of them may get only a first chunk.
 
+Under asynchronous scheduling (vLLM's default) a step is composed while the step before it runs, so it can admit
+only requests that had arrived when that one began, unless the engine was idle.
+
 A prompt's last chunk gives its first token; the last token of an answer is never written to the cache.
 """
 
@@ -39,6 +42,7 @@ class ReferenceConfig:
     reserve: bool = False
     static: bool = False
     speculated: int = 0
+    asynchronous: bool = False
 
 
 @dataclass(slots=True)
@@ -102,6 +106,8 @@ class _Engine:
     )
     running: list[_Sequence] = field(default_factory=list)
     admissions: int = 0
+    known: int = 0
+    """Waiting requests that the composer of the next step has seen."""
 
     def __post_init__(self) -> None:
         self.free = self.config.kv_blocks
@@ -178,15 +184,17 @@ class _Engine:
                 chunks.append((sequence, chunk))
                 budget -= chunk
         # 3. New ones.
+        unseen = max(self.waiting - self.known, 0) if config.asynchronous and self.running else 0
         if not preempted and not (config.static and self.running):
             if config.static:
                 budget = 1 << 62
-            while budget > 0 and self.waiting and len(self.running) < config.max_num_seqs:
+            while budget > 0 and self.waiting > unseen and len(self.running) < config.max_num_seqs:
                 admitted = self.admit(budget)
                 if admitted is None:
                     break
                 chunks.append(admitted)
                 budget -= admitted[1]
+        self.known = self.waiting
         prompt = sum(chunk for _, chunk in chunks)
         pairs = sum(chunk * (sequence.computed + 0.5 * chunk) for sequence, chunk in chunks)
         kv = sum(s.kv for s in decoding)
@@ -224,7 +232,7 @@ class _Engine:
 
 
 def simulate_open(
-    config: ReferenceConfig, step_time: StepTime, requests: Sequence[ReferenceRequest]
+    config: ReferenceConfig, step_time: StepTime, requests: Sequence[ReferenceRequest], delay: float = 0.0
 ) -> list[ReferenceRequest]:
     """Simulate one engine under requests that arrive at their own times.
 
@@ -232,6 +240,7 @@ def simulate_open(
         config: The engine.
         step_time: The step model.
         requests: Ascending in arrival time; their results are written into them.
+        delay: Time from a request's arrival at the front end to the scheduler, ms.
 
     Returns:
         The same requests.
@@ -240,16 +249,18 @@ def simulate_open(
     pending = deque(requests)
     while pending or not engine.idle:
         if engine.idle:
-            engine.clock = max(engine.clock, pending[0].arrival)
-        while pending and pending[0].arrival <= engine.clock:
-            request = pending.popleft()
-            engine.queue_of(request).append(request)
+            engine.clock = max(engine.clock, pending[0].arrival + delay)
+        _receive(engine, pending, delay)
         engine.step()
     return list(requests)
 
 
 def simulate_closed(
-    config: ReferenceConfig, step_time: StepTime, requests: Sequence[ReferenceRequest], concurrency: int
+    config: ReferenceConfig,
+    step_time: StepTime,
+    requests: Sequence[ReferenceRequest],
+    concurrency: int,
+    delay: float = 0.0,
 ) -> list[ReferenceRequest]:
     """Simulate one engine with ``concurrency`` clients, each of which sends its next request when answered.
 
@@ -258,20 +269,31 @@ def simulate_closed(
         step_time: The step model.
         requests: In the order they are sent; arrival times and results are written into them.
         concurrency: Clients.
+        delay: Time from a request's arrival at the front end to the scheduler, ms.
 
     Returns:
         The same requests.
     """
     engine = _Engine(config, step_time)
-    pending = deque(requests)
+    unsent = deque(requests)
+    pending: deque[ReferenceRequest] = deque()
 
     def send(count: int) -> None:
-        for _ in range(min(count, len(pending))):
-            request = pending.popleft()
-            request.arrival = engine.clock
-            engine.queue_of(request).append(request)
+        for _ in range(min(count, len(unsent))):
+            unsent[0].arrival = engine.clock
+            pending.append(unsent.popleft())
 
     send(concurrency)
-    while not engine.idle:
+    while pending or not engine.idle:
+        if engine.idle:
+            engine.clock = max(engine.clock, pending[0].arrival + delay)
+        _receive(engine, pending, delay)
         send(len(engine.step()))
     return list(requests)
+
+
+def _receive(engine: _Engine, pending: deque[ReferenceRequest], delay: float) -> None:
+    """Queue what has reached the scheduler by now."""
+    while pending and pending[0].arrival + delay <= engine.clock:
+        request = pending.popleft()
+        engine.queue_of(request).append(request)

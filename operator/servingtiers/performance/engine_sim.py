@@ -62,6 +62,9 @@ class EngineConfig:
     """Reserve KV for prompt and whole answer at admission, so that nothing is preempted."""
     static_batching: bool = False
     """Admit a batch only when the batch before it is done, as engines did before continuous batching."""
+    async_scheduling: bool = True
+    """Compose a step while the step before it runs (vLLM's default since 0.14): a request that arrives during a
+    step is admitted one step later than without it."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs <= 16384:
@@ -163,6 +166,7 @@ def make_pool(pool: PoolConfig) -> kernel.Pool:
                 engine.reserve_kv or engine.static_batching or grid.query_tokens > 1.0,
                 engine.static_batching,
                 math.ceil(grid.query_tokens) - 1,
+                engine.async_scheduling,
             ],
             dtype=np.int64,
         ),
@@ -338,7 +342,7 @@ def simulate(
         workload: The traffic, of the whole pool.
         requests: Requests to simulate.
         seed: Seed of the random numbers.
-        overhead_ms: Added to every TTFT: what lies between client and scheduler.
+        overhead_ms: Time from a request's arrival to the scheduler: HTTP, tokenizer, queues between processes.
         warmup: Share of the requests, from the start, left out of the figures.
 
     Raises:
@@ -351,10 +355,10 @@ def simulate(
     _check_fit(drawn, pool)
     state = make_pool(pool)
     if workload.concurrency is not None:
-        kernel.run_closed(state, drawn, workload.concurrency)
+        kernel.run_closed(state, drawn, overhead_ms, workload.concurrency)
     else:
-        kernel.run_open(state, drawn, pool.routing is Routing.LEAST_LOADED)
-    return _summary(state, drawn, overhead_ms=overhead_ms, warmup=warmup, closed=workload.concurrency)
+        kernel.run_open(state, drawn, overhead_ms, pool.routing is Routing.LEAST_LOADED)
+    return _summary(state, drawn, warmup=warmup, closed=workload.concurrency)
 
 
 def simulate_disaggregated(
@@ -381,7 +385,7 @@ def simulate_disaggregated(
         workload: Open-loop traffic.
         requests: Requests to simulate.
         seed: Seed of the random numbers.
-        overhead_ms: Added to every TTFT.
+        overhead_ms: Time from a request's arrival to the prefill engine's scheduler.
         warmup: Share of the requests, from the start, left out of the figures.
 
     Raises:
@@ -398,7 +402,7 @@ def simulate_disaggregated(
     )
     _check_fit(first, prefill)
     state = make_pool(prefill)
-    kernel.run_open(state, first, prefill.routing is Routing.LEAST_LOADED)
+    kernel.run_open(state, first, overhead_ms, prefill.routing is Routing.LEAST_LOADED)
     ready = first.last + transfer.ms(drawn.prompt.astype(np.float64))
     order = np.argsort(ready, kind="stable")
     second = make_requests(
@@ -410,7 +414,7 @@ def simulate_disaggregated(
         klass=drawn.klass[order],
     )
     decoding = make_pool(decode)
-    kernel.run_open(decoding, second, decode.routing is Routing.LEAST_LOADED)
+    kernel.run_open(decoding, second, 0.0, decode.routing is Routing.LEAST_LOADED)
     # Back to arrival order; latency counts from the client's arrival, queueing is both engines'.
     back = np.empty_like(order)
     back[order] = np.arange(len(order))
@@ -424,7 +428,6 @@ def simulate_disaggregated(
     return _summary(
         decoding,
         whole,
-        overhead_ms=overhead_ms,
         warmup=warmup,
         closed=None,
         more_steps=int(state.ints[:, 0].sum()),
@@ -435,7 +438,6 @@ def _summary(
     pool: kernel.Pool,
     requests: kernel.Requests,
     *,
-    overhead_ms: float,
     warmup: float,
     closed: int | None,
     more_steps: int = 0,
@@ -447,10 +449,10 @@ def _summary(
     window = slice(start, stop)
     arrival, first, last = requests.arrival[window], requests.first[window], requests.last[window]
     output = requests.output[window]
-    ttft = first - arrival + overhead_ms
+    ttft = first - arrival
     answered = output > 1
     tpot = (last - first)[answered] / (output - 1)[answered] if answered.any() else np.zeros(1)
-    e2e = last - arrival + overhead_ms
+    e2e = last - arrival
     queue = requests.scheduled[window] - arrival
     # Rates over the time in which the counted requests finished, robust against the drain at the end.
     done = np.sort(last)
