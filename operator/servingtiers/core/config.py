@@ -43,6 +43,12 @@ class PrometheusConfig(Model):
     bearer_token_file: str | None = None
     ca_file: str | None = None
     timeout: Duration = "10s"
+    """Longest one query may take."""
+    scrape_interval: Duration = "15s"
+    """How often this Prometheus scrapes engines and routers: older samples count as stale, and the window must hold
+    two."""
+    matchers: dict[str, str] = {}
+    """Labels that every series must carry, where one Prometheus holds several clusters: `{cluster: eu-1}`."""
 
 
 class TelemetryConfig(Model):
