@@ -81,7 +81,7 @@ def format_duration(seconds: float) -> str:
 
     Whole microseconds below 10 ms, whole milliseconds below 10 s, whole seconds above; at most 99999h.
     """
-    micros = min(round(seconds * 1e6), 99_999 * 3_600_000_000)
+    micros = round(min(max(seconds, 0.0), 99_999 * 3600.0) * 1e6)
     if micros <= 0:
         return "0s"
     if micros < 10_000 and micros % 1_000:

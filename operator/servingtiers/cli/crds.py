@@ -9,6 +9,7 @@ import click
 import yaml
 
 from servingtiers.api.crd import crd_document
+from servingtiers.api.evolution import breaking_changes
 from servingtiers.api.reference import reference_page
 
 __all__ = ["command", "crd_yaml"]
@@ -39,11 +40,19 @@ def crd_yaml() -> str:
     help="Write the reference page of the API (Markdown) to this file.",
 )
 @click.option("--check", is_flag=True, help="Write nothing; fail when a file is not what would be written.")
-def command(output_dir: Path | None, reference: Path | None, *, check: bool) -> None:
+@click.option(
+    "--since",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Write nothing; fail when the CRD breaks users of this released one, and say how.",
+)
+def command(output_dir: Path | None, reference: Path | None, since: Path | None, *, check: bool) -> None:
     """Write the CustomResourceDefinition, made from the operator's own models.
 
     Without options it goes to standard output: servingtiers crds | kubectl apply --server-side -f -
     """
+    if since is not None:
+        _compare(since)
+        return
     wanted: dict[Path, str] = {}
     if output_dir is not None:
         wanted[output_dir / f"{crd_document()['metadata']['name']}.yaml"] = crd_yaml()
@@ -67,3 +76,17 @@ def command(output_dir: Path | None, reference: Path | None, *, check: bool) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         click.echo(f"wrote {path}")
+
+
+def _compare(released: Path) -> None:
+    """Fail with one line for each change that breaks users of a released CRD."""
+    try:
+        old = yaml.safe_load(released.read_text(encoding="utf-8"))
+        breaks = breaking_changes(old, crd_document())
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise click.ClickException(
+            f"{released} is no CustomResourceDefinition: give one as released"
+        ) from error
+    if breaks:
+        raise click.ClickException("\n".join(["the CRD breaks users of the released one:", *breaks]))
+    click.echo("no breaking change")
