@@ -7,13 +7,15 @@ from typing import Annotated, Any, Literal
 import kubernetes_validate
 import pytest
 import yaml
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from servingtiers.api import ServingTierSpec, ServingTierStatus
+from servingtiers.api import ServingTier, ServingTierSpec, ServingTierStatus
 from servingtiers.api.base import Model, key_rule
 from servingtiers.api.crd import crd_document, structural_schema
 
 RULES = yaml.safe_load((Path(__file__).parent / "data" / "rules.yaml").read_text(encoding="utf-8"))
+WIRE: Any = {"by_alias": True, "by_name": False}
+"""The names of the wire only, as in `ServingTier.read`."""
 MINIMAL = {"tier": "Latency", "model": {"name": "example/model"}}
 ROOT = crd_document()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
 SPEC = ROOT["properties"]["spec"]
@@ -149,11 +151,11 @@ def test_a_message_belongs_to_one_rule() -> None:
 )  # fmt: skip
 def test_the_schema_and_the_models_have_the_same_defaults(spec: dict[str, Any]) -> None:
     """Whatever is left out means the same with and without an API server."""
-    ours = ServingTierSpec.model_validate(spec)
+    ours = ServingTierSpec.model_validate(spec, **WIRE)
     theirs = with_defaults(spec, SPEC)
-    assert ServingTierSpec.model_validate(theirs) == ours
-    normalized = ServingTierSpec.model_validate(spec).model_dump(mode="json", exclude_none=True)
-    quantities_as_text = ServingTierSpec.model_validate(theirs).model_dump(
+    assert ServingTierSpec.model_validate(theirs, **WIRE) == ours
+    normalized = ServingTierSpec.model_validate(spec, **WIRE).model_dump(mode="json", exclude_none=True)
+    quantities_as_text = ServingTierSpec.model_validate(theirs, **WIRE).model_dump(
         mode="json", exclude_none=True, exclude_unset=True
     )
     assert normalized == quantities_as_text, "a default of the models is not one of the API server"
@@ -180,6 +182,20 @@ def test_prefill_and_decode_have_the_shape_of_the_aggregated_pool() -> None:
         for node in (SPEC["properties"]["pool"], pools["prefill"], pools["decode"])
     ]
     assert without[0] == without[1] == without[2]
+
+
+def test_fields_have_the_names_of_the_wire_and_no_others() -> None:
+    """A file with `served_name` must fail before it reaches a cluster, as it would there."""
+    tier = {"apiVersion": "servingtiers.io/v1alpha1", "kind": "ServingTier", "metadata": {"name": "chat"}}
+    spec = {**MINIMAL, "slo": {"e2e": {"p99": "10s"}}}
+
+    read = ServingTier.read({**tier, "spec": spec})
+
+    assert read.spec.slo is not None
+    assert read.spec.slo.e2e is not None
+    assert read.spec.slo.e2e.p99 == "10s"
+    with pytest.raises(ValidationError, match=r"spec\.drain_timeout\n  Extra inputs"):
+        ServingTier.read({**tier, "spec": {**MINIMAL, "drain_timeout": "60s"}})
 
 
 class Child(Model):

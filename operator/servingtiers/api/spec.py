@@ -6,8 +6,9 @@ written as API-server defaults. Only defaults that hold for every tier and for e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StrictBool
 from pydantic.config import JsonDict
@@ -277,7 +278,7 @@ class SloSpec(Model):
     """Time per output token after the first, mean of one request."""
     itl: LatencyTargets | None = None
     """Inter-token latency, of single tokens: stricter than TPOT."""
-    e2e: LatencyTargets | None = None
+    e2e: Annotated[LatencyTargets | None, Field(alias="e2e")] = None  # the generator of aliases says e2E
     """Whole request."""
 
 
@@ -795,3 +796,14 @@ class ServingTier(Model):
     metadata: ObjectMeta
     spec: ServingTierSpec
     status: ServingTierStatus | None = None
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> Self:
+        """Return the tier of an object as an API server or a file holds it.
+
+        Only the names of the wire are taken (`drainTimeout`, never `drain_timeout`), as an API server does.
+
+        Raises:
+            pydantic.ValidationError: The object is no valid tier; CEL rules are not part of this.
+        """
+        return cls.model_validate(raw, by_alias=True, by_name=False)
