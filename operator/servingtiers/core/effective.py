@@ -2,12 +2,53 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
-from servingtiers.core.config import AcceleratorBinding
+from servingtiers.api.spec import EngineSpec, PoolSpec, ServingTierSpec
+from servingtiers.core.config import AcceleratorBinding, OperatorConfig
 from servingtiers.core.decisions import PoolRole
 
-__all__ = ["PoolSettings", "TierSettings"]
+__all__ = ["PoolAsked", "PoolSettings", "TierSettings", "engine_image", "engine_version", "pools_asked"]
+
+_TAG_VERSION = re.compile(r":v?([0-9]+\.[0-9]+(?:\.[0-9]+)?)")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolAsked:
+    """One pool as the user wrote it, or left it out."""
+
+    name: str
+    """`pool`, `prefill` or `decode`."""
+    role: PoolRole
+    path: str
+    """Where it stands in the resource, such as `spec.disaggregation.prefill`."""
+    spec: PoolSpec
+
+
+def pools_asked(spec: ServingTierSpec) -> tuple[PoolAsked, ...]:
+    """Return the pools of a tier; one aggregated pool of defaults where none is written."""
+    if spec.disaggregation is not None:
+        parts = spec.disaggregation
+        return (
+            PoolAsked("prefill", PoolRole.PREFILL, "spec.disaggregation.prefill", parts.prefill),
+            PoolAsked("decode", PoolRole.DECODE, "spec.disaggregation.decode", parts.decode),
+        )
+    return (PoolAsked("pool", PoolRole.AGGREGATED, "spec.pool", spec.pool or PoolSpec()),)
+
+
+def engine_image(engine: EngineSpec, config: OperatorConfig) -> str:
+    """Return the vLLM image of a pool."""
+    return engine.image or config.images.engine
+
+
+def engine_version(engine: EngineSpec, config: OperatorConfig) -> str | None:
+    """Return the vLLM version of a pool such as `0.32.0`: as given, or from the image's tag; None: not to be told."""
+    if engine.version is not None:
+        return engine.version
+    name = engine_image(engine, config).split("@", 1)[0].rsplit("/", 1)[-1]
+    found = _TAG_VERSION.search(name)
+    return found.group(1) if found else None
 
 
 @dataclass(frozen=True, slots=True)
