@@ -113,11 +113,13 @@ def choose(
     asked = pools_asked(spec)
     pools: list[PoolSettings] = []
     for pool in asked:
-        least = 1
-        if pool.role is PoolRole.DECODE and pools:
-            # NIXL cannot gather the KV heads of several prefill shards on fewer decode shards.
+        # NIXL cannot gather the KV heads of several prefill shards on fewer decode shards.
+        least, most = 1, None
+        if pool.role is PoolRole.DECODE:
             least = pools[0].tensor_parallel
-        pools.append(_pool(spec, config, pool, shape, goals, shortage, least))
+        elif pool.role is PoolRole.PREFILL:
+            most = asked[1].spec.hardware.tensor_parallel
+        pools.append(_pool(spec, config, pool, shape, goals, shortage, (least, most)))
     policy, policy_reason = _router_policy(spec, pools)
     timeout, timeout_reason = _request_timeout(spec, goals)
     return TierSettings(
@@ -168,7 +170,7 @@ def _pool(
     shape: ModelShape | None,
     goals: Targets,
     shortage: frozenset[str],
-    least: int,
+    between: tuple[int, int | None],
 ) -> PoolSettings:
     engine = asked.spec.engine
     version = engine_version(engine, config)
@@ -180,7 +182,7 @@ def _pool(
     candidates = [
         _candidate(spec, asked, shape, found, binding, size, goals)
         for found, binding in _allowed(config, asked, shortage)
-        for size in _sizes(spec, asked, shape, found, least)
+        for size in _sizes(spec, asked, shape, found, *between)
     ]
     if not candidates:
         raise NoChoiceError(
@@ -288,7 +290,12 @@ def _allowed(
 
 
 def _sizes(
-    spec: ServingTierSpec, asked: PoolAsked, shape: ModelShape | None, found: Accelerator, least: int
+    spec: ServingTierSpec,
+    asked: PoolAsked,
+    shape: ModelShape | None,
+    found: Accelerator,
+    least: int,
+    most: int | None,
 ) -> tuple[int, ...]:
     """Return the tensor parallelisms worth a look, smallest first."""
     given = asked.spec.hardware.tensor_parallel
@@ -302,7 +309,11 @@ def _sizes(
     smallest = sizing.smallest_fit(spec, engine, shape, found)
     if smallest is None:
         return ()
-    sizes = tuple(size for size in sizing.parallelisms(shape, found) if size >= max(smallest, least))
+    sizes = tuple(
+        size
+        for size in sizing.parallelisms(shape, found)
+        if size >= max(smallest, least) and size <= (most or size)
+    )
     # Only a Latency tier pays for more accelerators than memory needs: it may meet an objective that one cannot.
     return sizes if spec.tier is Tier.LATENCY else sizes[:1]
 
@@ -341,18 +352,17 @@ def _candidate(
     lengths = sizing.lengths(spec)
     room = sizing.room(shape, found, size, weights, engine)
     held = max(1, int(room / (lengths.prompt + lengths.output)))
-    prefill = asked.role is PoolRole.PREFILL
 
     def full(batch: int) -> sizing.FullEngine:
         budget = engine.max_num_batched_tokens or _budget(spec.tier, asked.role, found, batch)[0]
-        return sizing.full_engine(step, batch, lengths, budget, role_prefill=prefill)
+        return sizing.full_engine(step, batch, lengths, budget, asked.role)
 
     def fits(batch: int) -> bool:
-        return _meets(full(batch), goals, lengths, asked.role)
+        return sizing.meets(full(batch), goals, lengths, asked.role, _TAIL) is None
 
     batch, reason = fallback, plain
     if engine.max_num_seqs is None:
-        if spec.slo is not None and goals.seconds and not prefill:
+        if spec.slo is not None and goals.seconds and asked.role is not PoolRole.PREFILL:
             batch, reason = _largest_batch(
                 fits, min(_LARGEST_BATCH[spec.tier], held), goals, step.source.detail
             )
@@ -360,7 +370,7 @@ def _candidate(
             batch = held
             reason = f"as many requests of this length as the KV cache holds (the {spec.tier} tier's is {fallback})"
     result = full(batch)
-    meets = _meets(result, goals, lengths, asked.role)
+    meets = sizing.meets(result, goals, lengths, asked.role, _TAIL) is None
     replicas = None
     rate = (
         float(spec.workload.requests_per_second)
@@ -390,21 +400,6 @@ def _largest_batch(fits: Callable[[int], bool], most: int, goals: Targets, sourc
     if low == most:
         return low, f"the KV cache or the tier's range allows no more; meets {wanted} ({source})"
     return low, f"the largest batch that meets {wanted} with a full engine ({source})"
-
-
-def _meets(result: sizing.FullEngine, goals: Targets, lengths: sizing.Lengths, role: PoolRole) -> bool:
-    """Whether a full engine stays inside every objective that its role can break, with room for the tail."""
-    for (metric, _), seconds in goals.seconds.items():
-        match metric:
-            case "ttft":
-                takes = 0.0 if role is PoolRole.DECODE else result.ttft
-            case "e2e":
-                takes = result.ttft + lengths.output * result.tpot
-            case _:
-                takes = result.tpot
-        if takes * _TAIL > seconds:
-            return False
-    return True
 
 
 def _cheapest(candidates: list[_Candidate]) -> _Candidate:

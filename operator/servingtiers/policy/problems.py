@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from servingtiers.api.spec import ServingTier, ServingTierSpec
 from servingtiers.catalog.accelerators import Accelerator, accelerator, accelerators
+from servingtiers.catalog.engine_flags import check_env, check_extra_args
 from servingtiers.catalog.models import ModelShape, models
-from servingtiers.catalog.names import UnknownNameError, near_names
+from servingtiers.catalog.names import CatalogError, UnknownNameError, near_names
 from servingtiers.core.config import OperatorConfig
 from servingtiers.core.decisions import PoolRole
 from servingtiers.core.effective import PoolAsked, engine_image, engine_version, pools_asked
@@ -32,7 +33,32 @@ def find(tier: ServingTier, config: OperatorConfig) -> tuple[Problem, ...]:
     for pool in pools_asked(spec):
         problems.extend(_hardware(spec, config, pool, shape))
         problems.extend(_engine(spec, config, pool, shape))
+    problems.extend(_shards(spec, config, shape))
     return tuple(problems)
+
+
+def _shards(spec: ServingTierSpec, config: OperatorConfig, shape: ModelShape | None) -> Iterator[Problem]:
+    """Find a decode pool with fewer shards than any prefill pool can have; CEL sees it only where both are given."""
+    if spec.disaggregation is None or shape is None:
+        return
+    prefill, decode = spec.disaggregation.prefill, spec.disaggregation.decode.hardware.tensor_parallel
+    if decode is None or prefill.hardware.tensor_parallel is not None:
+        return
+    bound = sizing.bound(config)
+    names = prefill.hardware.accelerators or tuple(bound)
+    fits = [
+        size
+        for found in accelerators()
+        if found.key in bound and (found.key in names or any(alias in names for alias in found.aliases))
+        if (size := sizing.smallest_fit(spec, prefill.engine, shape, found)) is not None
+    ]
+    if fits and min(fits) > decode:
+        yield Problem(
+            "spec.disaggregation.decode.hardware.tensorParallel",
+            f"{decode} is below the {min(fits)} that prefill needs, and NIXL cannot gather KV heads: raise it to"
+            f" {min(fits)}, or allow prefill a larger accelerator",
+            reason="TensorParallelImpossible",
+        )
 
 
 def _model(spec: ServingTierSpec, config: OperatorConfig, shape: ModelShape | None) -> Iterator[Problem]:
@@ -164,15 +190,10 @@ def _engine(
             f"the vLLM version of image {engine_image(engine, config)} cannot be read from its tag: set engine.version",
             reason="VersionUnknown",
         )
-    elif pool.role is not PoolRole.AGGREGATED:
-        number = tuple(int(part) for part in version.split(".")[:2])
-        if number < LEAST_DISAGGREGATION_VERSION:
-            yield Problem(
-                f"{path}.image",
-                f"vLLM {version} can be crashed through kv_transfer_params of a request when prefill and decode are"
-                " separate: upgrade the image to 0.30 or newer, or use spec.pool",
-                reason="VersionVulnerable",
-            )
+    else:
+        yield from _version(pool, version)
+    for message in check_env(engine.env or {}):
+        yield Problem(path, message, reason="NotAllowed")
     if shape is not None and engine.max_model_len is not None and engine.max_model_len > shape.max_context:
         yield Problem(
             f"{path}.maxModelLen",
@@ -199,4 +220,24 @@ def _engine(
             f"{engine.max_num_batched_tokens} is below maxNumSeqs {engine.max_num_seqs}, and every running sequence"
             " takes one token of a step: raise it or lower maxNumSeqs",
             reason="BudgetTooSmall",
+        )
+
+
+def _version(pool: PoolAsked, version: str) -> Iterator[Problem]:
+    """Check what depends on the engine's version: its flags and its known holes."""
+    path = f"{pool.path}.engine"
+    try:
+        wrong = check_extra_args(version, pool.spec.engine.extra_args or {})
+    except CatalogError as error:
+        yield Problem(f"{path}.version", str(error), reason="VersionUnsupported")
+        return
+    for message in wrong:
+        yield Problem(path, message, reason="NotAllowed")
+    number = tuple(int(part) for part in version.split(".")[:2])
+    if pool.role is not PoolRole.AGGREGATED and number < LEAST_DISAGGREGATION_VERSION:
+        yield Problem(
+            f"{path}.image",
+            f"vLLM {version} can be crashed through kv_transfer_params of a request when prefill and decode are"
+            " separate: upgrade the image to 0.30 or newer, or use spec.pool",
+            reason="VersionVulnerable",
         )

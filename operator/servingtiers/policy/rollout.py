@@ -1,39 +1,28 @@
 """How a new pod template replaces the old one.
 
 A surge asks for accelerators beside those in use. With none free, the new pod waits for the old one to go and the
-old one for the new one to be ready: the rollout never ends. So nothing surges unless room is known.
+old one for the new one to be ready: the rollout never ends. So nothing surges unless room is known, and a pool of
+one replica is away while its successor starts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from servingtiers.core.decisions import PoolFacts
 
-__all__ = ["Surge", "surge"]
-
-
-@dataclass(frozen=True, slots=True)
-class Surge:
-    """The RollingUpdate strategy of a Deployment."""
-
-    max_surge: int
-    max_unavailable: int
-    reason: str
+__all__ = ["may_surge"]
 
 
-def surge(replicas: int, room: int | None) -> Surge:
-    """Return how many replicas a rollout may add and miss at a time.
+def may_surge(pool: PoolFacts, room: int | None = None) -> bool:
+    """Return whether a rollout may start a replica before it stops one.
 
     Args:
-        replicas: Replicas of the pool.
-        room: Replicas for which accelerators are known to be free; None: not known.
+        pool: The pool that is rolled out.
+        room: Replicas of it for which accelerators are known to be free, from quota or a node view; None: not known.
+            It is no claim on them: what others take meanwhile shows as pods that cannot be scheduled.
     """
-    if room:
-        # A quarter at a time, as Deployments do by default: new engines must prove themselves.
-        extra = min(room, max(1, replicas // 4))
-        return Surge(extra, 0, f"room for {room} more replicas is known: new ones start before old ones go")
-    why = "accelerators beside those in use are not known" if room is None else "no accelerator is free"
-    if replicas <= 1:
-        return Surge(
-            0, 1, f"{why}: the only replica stops before its successor starts, the tier is away meanwhile"
-        )
-    return Surge(0, 1, f"{why}: one replica at a time stops before its successor starts")
+    if pool.unschedulable:
+        return False
+    if pool.replicas == 0:
+        # Nothing runs: there is nothing to wait for, and a scale-up from zero needs no second engine.
+        return False
+    return room is not None and room > 0

@@ -11,6 +11,8 @@ from servingtiers.catalog.models import ModelShape
 from servingtiers.catalog.models import model as bundled_model
 from servingtiers.catalog.names import CatalogError, UnknownNameError
 from servingtiers.core.config import AcceleratorBinding, OperatorConfig
+from servingtiers.core.decisions import PoolRole, Targets
+from servingtiers.core.signals import Histogram, Load, number
 from servingtiers.performance.select import DoesNotFitError, kv_capacity_tokens
 from servingtiers.performance.steps import StepModel
 
@@ -22,6 +24,8 @@ __all__ = [
     "full_engine",
     "kv_dtype",
     "lengths",
+    "lengths_seen",
+    "meets",
     "memory_share",
     "parallelisms",
     "room",
@@ -33,6 +37,8 @@ __all__ = [
 
 _DEFAULT_MEMORY_SHARE = 0.90
 _DEFAULT_PROMPT, _DEFAULT_OUTPUT = 512, 128
+_ENOUGH_REQUESTS = 100
+"""Requests from which on live lengths replace planned ones."""
 _LEAST_CONTEXT = 4096
 """Tokens one replica must hold where nobody says how long requests are."""
 
@@ -125,6 +131,25 @@ _SHIPPED_WEIGHTS = (
     (re.compile(r"^deepseek-ai/DeepSeek-V3"), "fp8"),
 )
 """Checkpoints whose names do not tell that they are quantized: MXFP4 and block FP8 as published."""
+
+
+def lengths_seen(load: Load, planned: Lengths) -> Lengths:
+    """Return the lengths of live traffic, as far as enough of it was seen; the planned ones otherwise."""
+    prompt, output = load.prompt_tokens, load.output_tokens
+    if not isinstance(prompt, Histogram) or not isinstance(output, Histogram):
+        return planned
+    if min(prompt.total, output.total) < _ENOUGH_REQUESTS or not prompt.mean or not output.mean:
+        return planned
+    far_prompt, far_output = prompt.quantile(0.95), output.quantile(0.95)
+    hit = number(load.prefix_hit_share)
+    return Lengths(
+        prompt=max(prompt.mean, 1.0),
+        output=max(output.mean, 1.0),
+        prompt_p95=max(far_prompt.estimate if far_prompt else 0.0, prompt.mean),
+        output_p95=max(far_output.estimate if far_output else 0.0, output.mean),
+        prefix_hit=planned.prefix_hit if hit is None else min(max(hit, 0.0), 1.0),
+        given=True,
+    )
 
 
 def _checkpoint(name: str) -> str | None:
@@ -223,35 +248,62 @@ def smallest_fit(
 
 
 def full_engine(
-    step: StepModel, batch: int, asked: Lengths, budget: int | None, *, role_prefill: bool
+    step: StepModel, batch: int, asked: Lengths, budget: int | None, role: PoolRole
 ) -> FullEngine:
     """Return how an engine does with ``batch`` sequences always in flight.
 
     In the steady state every finished sequence is followed by a new prompt, so a step that advances ``batch``
     sequences by one token also computes ``batch × prompt / output`` prompt tokens, as far as the token budget
-    allows; where it does not, prompts are the bottleneck and set the rate.
+    allows; where it does not, prompts are the bottleneck and set the rate. A prefill engine computes prompts only,
+    one after the other; a decode engine gets them computed.
 
     Args:
         step: Time of one engine step.
         batch: Sequences in flight.
         asked: Lengths of the requests.
         budget: Token budget of one step; None: no limit.
-        role_prefill: The engine computes prompts only.
+        role: What the engine does.
     """
     fresh = asked.prompt * (1.0 - asked.prefix_hit)
     past = asked.prompt * asked.prefix_hit
-    longest = asked.prompt_p95 * (1.0 - asked.prefix_hit)
-    if role_prefill:
-        per_prompt = step.step_ms(fresh, past, 0, 0) / 1e3
-        return FullEngine(0.0, step.step_ms(longest, past, 0, 0) / 1e3, 1.0 / per_prompt)
-    context = asked.prompt + asked.output / 2.0
+    longest = max(asked.prompt_p95 * (1.0 - asked.prefix_hit), 1.0)
+    if role is PoolRole.PREFILL:
+        seconds = step.step_ms(max(fresh, 1.0), past, 0, 0) / 1e3
+        return FullEngine(0.0, step.step_ms(longest, past, 0, 0) / 1e3, 1.0 / seconds)
+    kv = batch * (asked.prompt + asked.output / 2.0)
+    if role is PoolRole.DECODE:
+        seconds = step.step_ms(0, 0, batch, kv) / 1e3
+        return FullEngine(seconds, seconds, batch / (asked.output * seconds))
     limit = max((budget or 1_000_000) - batch, 1.0)
     wanted = batch * fresh / asked.output
     new = min(wanted, limit)
-    seconds = step.step_ms(new, past, batch, batch * context) / 1e3
+    seconds = step.step_ms(new, past, batch, kv) / 1e3
     rate = batch / (asked.output * seconds)
     if wanted > limit:
         rate = new / (max(fresh, 1.0) * seconds)
-    steps = max(longest / limit, 1.0)
-    ttft = steps * step.step_ms(min(longest, limit), past, batch, batch * context) / 1e3
+    chunks = max(longest / limit, 1.0)
+    ttft = chunks * step.step_ms(min(longest, limit), past, batch, kv) / 1e3
     return FullEngine(seconds, ttft, rate)
+
+
+def meets(result: FullEngine, goals: Targets, asked: Lengths, role: PoolRole, tail: float) -> str | None:
+    """Return the first objective that an engine breaks, such as ``ttft.p99``; None where it meets all of them.
+
+    Args:
+        result: How the engine does.
+        goals: The objectives.
+        asked: Lengths of the requests.
+        role: What the engine does: a decode engine cannot break TTFT, a prefill engine has no TPOT.
+        tail: Factor by which the mean must stay below an objective on a percentile.
+    """
+    for (metric, percentile), seconds in sorted(goals.seconds.items()):
+        match metric:
+            case "ttft":
+                takes = 0.0 if role is PoolRole.DECODE else result.ttft
+            case "e2e":
+                takes = result.ttft + asked.output * result.tpot
+            case _:
+                takes = result.tpot
+        if takes * tail > seconds:
+            return f"{metric}.{percentile}"
+    return None
