@@ -25,4 +25,6 @@ def test_a_scenario_renders_to_the_objects_recorded_beside_it(scenario):
         golden.write_text(text)
         pytest.skip(f"{golden} was written, not compared, because UPDATE_GOLDEN is set")
     assert golden.exists(), "record it: UPDATE_GOLDEN=1 pytest tests/render/test_golden.py"
-    assert text == golden.read_text(), "read the difference, then UPDATE_GOLDEN=1 pytest tests/render/test_golden.py"
+    assert text == golden.read_text(), (
+        "read the difference, then UPDATE_GOLDEN=1 pytest tests/render/test_golden.py"
+    )

@@ -95,13 +95,17 @@ def _model_argument(tier: ServingTier) -> str:
     return tier.spec.model.name
 
 
-def _kv_transfer(tier: ServingTier, role: PoolRole) -> str | None:
-    if role is PoolRole.AGGREGATED:
+def _kv_transfer(tier: ServingTier, pool: PoolSettings) -> str | None:
+    if pool.role is PoolRole.AGGREGATED:
         return None
-    kv_role = "kv_producer" if role is PoolRole.PREFILL else "kv_consumer"
+    kv_role = "kv_producer" if pool.role is PoolRole.PREFILL else "kv_consumer"
     if _elastic(tier):
         kv_role = "kv_both"
-    return json.dumps({"kv_connector": "NixlConnector", "kv_role": kv_role}, separators=(",", ":"))
+    transfer = {"kv_connector": "NixlConnector", "kv_role": kv_role}
+    if pool.env.get("VLLM_TARGET_DEVICE") == "cpu":
+        # The default is the memory of a GPU.
+        transfer["kv_buffer_device"] = "cpu"
+    return json.dumps(transfer, separators=(",", ":"))
 
 
 def engine_args(tier: ServingTier, settings: TierSettings, pool: PoolSettings) -> tuple[str, ...]:
@@ -131,7 +135,7 @@ def engine_args(tier: ServingTier, settings: TierSettings, pool: PoolSettings) -
         "scheduling-policy": "priority" if pool.priority_scheduling else None,
         "max-num-queued-reqs": pool.max_queued_requests,
         "gpu-memory-utilization": pool.gpu_memory_utilization,
-        "kv-transfer-config": _kv_transfer(tier, pool.role),
+        "kv-transfer-config": _kv_transfer(tier, pool),
         # Without it vLLM aborts running requests at SIGTERM, and often hangs on their open connections.
         "shutdown-timeout": math.ceil(settings.drain_seconds),
         # Probes and scrapes would be most of the log.
