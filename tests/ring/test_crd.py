@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ RULES = yaml.safe_load(
 SCHEMA = crd_document()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
 WIRE: Any = {"by_alias": True, "by_name": False}
 """The names of the wire only, as in `ServingTier.read`."""
-NAMESPACE = "crd-tests"
+NAMESPACE = "default"
 TIERS = f"/apis/{API_VERSION}/namespaces/{NAMESPACE}/{PLURAL}"
 
 
@@ -44,6 +45,31 @@ def tier(name: str, **patch: Any) -> dict[str, Any]:
         "metadata": {"name": name, "namespace": NAMESPACE},
         "spec": merged(smallest, patch),
     }
+
+
+def install(plane: ControlPlane) -> None:
+    """Apply the CRD and return when it is served."""
+    crd = crd_document()
+    path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd['metadata']['name']}"
+    connection = plane.connection()
+    connection.request(
+        "PATCH",
+        f"{path}?fieldManager=servingtiers-tests&force=true",
+        crd,
+        content_type="application/apply-patch+yaml",
+    )
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        conditions = connection.request("GET", path)["status"].get("conditions") or []  # null at first
+        if any(one["type"] == "Established" and one["status"] == "True" for one in conditions):
+            try:
+                connection.request("GET", TIERS.partition("?")[0])
+            except ApiError:
+                pass  # established a moment ago, not served yet
+            else:
+                return
+        time.sleep(0.1)
+    raise TimeoutError(f"the API server does not serve the CRD: {conditions}")
 
 
 class Tiers:
@@ -90,6 +116,13 @@ class Tiers:
         self._connection.request("DELETE", f"{TIERS}/{name}")
 
 
+@pytest.fixture(scope="module")
+def tiers(control_plane: ControlPlane) -> Tiers:
+    """Return access to the tiers of an API server that has the CRD of the models, as they are now."""
+    install(control_plane)
+    return Tiers(control_plane)
+
+
 EXAMPLES = [
     pytest.param(example, id=f"{entry['message'][:50]} {number}")
     for entry in RULES
@@ -107,7 +140,7 @@ def test_every_rule_lets_through_what_it_should_and_refuses_with_its_message(
     for example in entry["rejected"]:
         message = tiers.refusal(tier("rule", **example))
         assert entry["message"] in message, example
-        assert "rule evaluation error" not in message, example
+        assert "evaluating rule" not in message, example
 
 
 @pytest.mark.parametrize("example", [pytest.param({}, id="smallest"), *EXAMPLES])
@@ -312,9 +345,3 @@ def test_kubectl_explains_every_field(tiers: Tiers) -> None:
     text = tiers.plane.kubectl("explain", "st.spec.pool.scaling.idleAfter")
 
     assert "Scale to zero after this long without a request" in text
-
-
-@pytest.fixture(scope="module")
-def tiers(control_plane: ControlPlane) -> Tiers:
-    """Return access to tiers on an API server that has the CRD."""
-    return Tiers(control_plane)

@@ -14,6 +14,7 @@ from pydantic import Field, StrictBool
 from pydantic.config import JsonDict
 
 from servingtiers.api.base import (
+    DURATION_PATTERN,
     DecimalString,
     Duration,
     Key,
@@ -256,10 +257,13 @@ class LatencyTargets(Model):
             "minProperties": 1,
             "x-kubernetes-validations": [
                 cel(
-                    "[has(self.p50) ? [duration(self.p50)] : [], has(self.p90) ? [duration(self.p90)] : [],"
-                    " has(self.p95) ? [duration(self.p95)] : [], has(self.p99) ? [duration(self.p99)] : [],"
-                    " has(self.p999) ? [duration(self.p999)] : []]"
-                    ".filter(x, x.size() > 0).map(x, x[0]).isSorted()",
+                    # What is no duration is refused by its own rule: here it must not become an evaluation error.
+                    "["
+                    + ", ".join(
+                        f"has(self.{p}) && self.{p}.matches('{DURATION_PATTERN}') ? [duration(self.{p})] : []"
+                        for p in ("p50", "p90", "p95", "p99", "p999")
+                    )
+                    + "].filter(x, x.size() > 0).map(x, x[0]).isSorted()",
                     "a higher percentile must not have a shorter target: order p50 <= p90 <= p95 <= p99 <= p999",
                 )
             ],
