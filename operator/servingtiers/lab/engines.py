@@ -426,7 +426,10 @@ class SimulatedEngine:
         app.router.add_get("/metrics", self._get_metrics)
         app.router.add_post("/v1/completions", self._post_completions)
         app.router.add_post("/v1/chat/completions", self._post_chat)
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=0.1)
+        # vLLM aborts a request whose client has left; aiohttp tells its handler only when asked to.
+        runner = web.AppRunner(
+            app, access_log=None, handle_signals=False, shutdown_timeout=0.1, handler_cancellation=True
+        )
         await runner.setup()
         await web.TCPSite(runner, self.address, self.config.port, reuse_address=True).start()
         self._runner = runner

@@ -1,0 +1,46 @@
+"""Fixtures of the API-server ring: a real control plane, one for the whole session, a namespace for each test."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from servingtiers.lab.binaries import BinariesError
+from servingtiers.lab.controlplane import Connection, ControlPlane, shared_control_plane
+
+
+@pytest.fixture(scope="session")
+def ring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """The session's control plane, with an audit log; the processes of a pytest-xdist run share one.
+
+    A test that restarts or breaks it starts its own `ControlPlane` instead. Where its programs cannot be had the
+    tests are skipped, unless SERVINGTIERS_REQUIRE_RING is set.
+    """
+    try:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            with shared_control_plane(tmp_path_factory.getbasetemp().parent / "ring") as plane:
+                yield plane
+        else:
+            with ControlPlane(audit=True) as plane:
+                yield plane
+    except BinariesError as error:
+        if os.environ.get("SERVINGTIERS_REQUIRE_RING"):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def connection(ring: ControlPlane) -> Connection:
+    """The ring's API server as administrator."""
+    return ring.connection()
+
+
+@pytest.fixture
+def namespace(ring: ControlPlane) -> Iterator[str]:
+    """A namespace of the test's own, deleted afterwards."""
+    name = ring.create_namespace(f"test-{uuid.uuid4().hex[:8]}")
+    yield name
+    ring.connection().request("DELETE", f"/api/v1/namespaces/{name}")
