@@ -10,26 +10,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
+from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 
-from servingtiers import facts, reconcile
+from servingtiers import __version__, facts, reconcile
 from servingtiers.adapters.cluster import AUTOSCALER, CHILDREN, EVENT, POD, TIER, ApiError, Cluster, Kind
 from servingtiers.adapters.leadership import NotLeaderError
-from servingtiers.adapters.operator_metrics import OperatorMetrics
+from servingtiers.adapters.operator_metrics import OperatorMetrics, Probes, TierGauges
 from servingtiers.adapters.store import Key, Store, key_of_tier
 from servingtiers.adapters.workqueue import WorkQueue
 from servingtiers.api.base import parse_duration
 from servingtiers.api.spec import ServingTier
-from servingtiers.api.status import ServingTierStatus
 from servingtiers.core.config import OperatorConfig
 from servingtiers.core.signals import TierLoad
 from servingtiers.core.state import Event, JsonObject, Member, Observed, Plan, Ref, Verb, Write
 from servingtiers.core.telemetry import LoadSource, TierTargets
 from servingtiers.core.times import to_time
+from servingtiers.gauges import gauges
 from servingtiers.render import names
+from servingtiers.report import Remembered
 
 __all__ = ["WATCHED", "Controller"]
 
@@ -48,7 +51,7 @@ class _TierState:
     load: TierLoad = field(default_factory=TierLoad)
     load_at: float | None = None
     accounted_at: float | None = None
-    remembered: ServingTierStatus | None = None
+    remembered: object | None = None
     failures: tuple[str, ...] = ()
     strangers: set[Ref] = field(default_factory=set)
     """Names we need that we do not watch: somebody else's objects, or ours without their label."""
@@ -62,8 +65,8 @@ class Controller:
         cluster: Cluster,
         config: OperatorConfig,
         loads: LoadSource,
-        metrics: OperatorMetrics,
         *,
+        identity: str = "operator",
         workers: int = 8,
         resync_seconds: float = 300.0,
         clock: Callable[[], float] = time.time,
@@ -71,7 +74,7 @@ class Controller:
         self._cluster = cluster
         self._config = config
         self._loads = loads
-        self._metrics = metrics
+        self._identity = identity
         self._workers = workers
         self._resync_seconds = resync_seconds
         self._clock = clock
@@ -82,12 +85,26 @@ class Controller:
         self.heartbeat = time.monotonic()
         """Moment at which the event loop last proved to turn."""
         self.running = False
+        self.leading: Callable[[], bool] = lambda: True
+        self._heard: dict[str, float] = {}
+        self.metrics = OperatorMetrics(
+            CollectorRegistry(),
+            Probes(
+                queue_depth=lambda: self.queue.depth,
+                oldest_key_age=lambda: self.queue.oldest_age,
+                leading=lambda: self.leading(),  # noqa: PLW0108 - replaced after this
+                watch_ages=lambda: {kind: time.monotonic() - at for kind, at in self._heard.items()},
+            ),
+            __version__,
+        )
+        cluster.on_write = self.metrics.wrote
 
     # -- what was seen -----------------------------------------------------------------------------------------
 
     def tier_seen(self, tier: JsonObject, *, gone: bool) -> None:
         """Take in a watch event of a tier."""
         key = key_of_tier(tier)
+        self._heard[TIER.kind] = time.monotonic()
         if gone:
             self.store.forget_tier(tier)
             self.queue.add(key)
@@ -97,6 +114,7 @@ class Controller:
 
     def object_seen(self, obj: JsonObject, *, gone: bool) -> None:
         """Take in a watch event of anything else."""
+        self._heard[obj["kind"]] = time.monotonic()
         label = self.store.forget(obj) if gone else self.store.see(obj)
         self._enqueue_label(label)
 
@@ -121,7 +139,6 @@ class Controller:
     async def _beat(self) -> None:
         while True:
             self.heartbeat = time.monotonic()
-            self._metrics.queue(depth=self.queue.depth, oldest_age=self.queue.oldest_age)
             await asyncio.sleep(1.0)
 
     async def _resync(self) -> None:
@@ -138,6 +155,7 @@ class Controller:
         kinds = (TIER, *WATCHED, AUTOSCALER)
         for kind in kinds:
             items, version = await self._list(kind, namespaces)
+            self._heard[kind.kind] = time.monotonic()
             if kind is TIER:
                 for key in self.store.relist_tiers(items, version):
                     self._by_label[key[0], names.slug(key[1])] = key
@@ -158,6 +176,7 @@ class Controller:
             await self.read_loads()
             for key in list(self.store.tiers):
                 self.queue.add(key)
+            self.metrics.update(self._gauges())
             await asyncio.sleep(max(0.1, interval - (time.monotonic() - began)))
 
     async def read_loads(self) -> None:
@@ -181,14 +200,14 @@ class Controller:
         while True:
             key = await self.queue.get()
             began = time.monotonic()
-            outcome = "ok"
+            outcome: Literal["ok", "conflict", "error"] = "ok"
             try:
                 again = await self.reconcile(key)
             except NotLeaderError:
                 self.queue.failed(key)
                 raise
             except ApiError as error:
-                outcome = "error"
+                outcome = "conflict" if error.status == 409 else "error"
                 pause = self.queue.failed(key, at_least=error.retry_after or 0.0)
                 _log.warning("%s/%s: %s; again in %.0f s", *key, error, pause)
             except Exception:  # noqa: BLE001 - see below
@@ -200,7 +219,7 @@ class Controller:
                 self.queue.done(key)
                 if again is not None:
                     self.queue.add_after(key, again)
-            self._metrics.reconciled(outcome=outcome, seconds=time.monotonic() - began)
+            self.metrics.reconciled(outcome, time.monotonic() - began)
 
     # -- one tier ----------------------------------------------------------------------------------------------
 
@@ -222,7 +241,6 @@ class Controller:
             self._states.pop(key, None)
             self._by_label.pop((key[0], names.slug(key[1])), None)
             self.queue.forget(key)
-            self._metrics.forget(key)
             return None
         state = self._state(key)
         observed = Observed(self._clock(), self._config, (await self._gather(key, raw, state),))
@@ -230,10 +248,26 @@ class Controller:
         state.remembered = plan.remember[0]
         state.accounted_at = state.load_at
         error = await self._execute(key, plan, state)
-        self._metrics.planned(key, plan, observed)
+        self._count(key, plan)
         if error is not None:
             raise error
         return plan.recheck_after
+
+    def _count(self, key: Key, plan: Plan) -> None:
+        for decision in (d for tier in plan.decided for d in tier.decisions):
+            difference = decision.desired - decision.current
+            self.metrics.decided(
+                *key,
+                decision.pool,
+                direction="up" if difference > 0 else "down" if difference < 0 else "hold",
+                binding=decision.binding.value,
+            )
+
+    def _gauges(self) -> Iterator[TierGauges]:
+        for key, state in self._states.items():
+            if key in self.store.tiers and isinstance(state.remembered, Remembered):
+                age = None if state.load_at is None else self._clock() - state.load_at
+                yield gauges(key, state.remembered, state.load, age)
 
     async def _gather(self, key: Key, raw: JsonObject, state: _TierState) -> Member:
         objects, pods = self.store.belonging_to(key)
@@ -319,7 +353,7 @@ class Controller:
             "metadata": {"name": f"{meta['name'][:200]}.{time.time_ns():x}", "namespace": meta["namespace"]},
             "eventTime": to_time(now).replace("Z", ".000000Z"),
             "reportingController": "servingtiers.io/operator",
-            "reportingInstance": self._metrics.identity[:128],
+            "reportingInstance": self._identity[:128],
             "action": event.reason,
             "reason": event.reason,
             "note": event.message[:1024],

@@ -7,46 +7,18 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from servingtiers.api.spec import PoolScaling, ServingTier
+from servingtiers.api.spec import ServingTier
 from servingtiers.api.status import PoolMemory
-from servingtiers.core.decisions import PoolFacts, PoolRole
-from servingtiers.core.effective import PoolSettings
+from servingtiers.core.decisions import PoolFacts
+from servingtiers.core.effective import PoolAsked, PoolSettings, pools_asked
 from servingtiers.core.state import JsonObject, Ref
 from servingtiers.core.telemetry import PodTarget, PoolTargets, TierTargets
 from servingtiers.core.times import from_time
 from servingtiers.render import engine, names, router
 
-__all__ = [
-    "PoolShape",
-    "PoolView",
-    "pool_facts",
-    "pool_shapes",
-    "telemetry_targets",
-    "view_pool",
-    "view_router",
-]
+__all__ = ["PoolView", "pool_facts", "startup_times", "telemetry_targets", "view_pool", "view_router"]
 
 _STARTS_KEPT = 16
-
-
-@dataclass(frozen=True, slots=True)
-class PoolShape:
-    """One pool that the spec asks for."""
-
-    name: str
-    role: PoolRole
-    scaling: PoolScaling
-
-
-def pool_shapes(tier: ServingTier) -> tuple[PoolShape, ...]:
-    """Return the pools that the spec asks for: one, or prefill and decode."""
-    spec = tier.spec
-    if (split := spec.disaggregation) is not None:
-        return (
-            PoolShape("prefill", PoolRole.PREFILL, split.prefill.scaling),
-            PoolShape("decode", PoolRole.DECODE, split.decode.scaling),
-        )
-    return (PoolShape("pool", PoolRole.AGGREGATED, spec.pool.scaling if spec.pool else PoolScaling()),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +64,12 @@ def _view(
 
 
 def pool_facts(
-    shape: PoolShape, settings: PoolSettings, view: PoolView, memory: PoolMemory, *, now: float, initial: int
+    asked: PoolAsked, settings: PoolSettings, view: PoolView, memory: PoolMemory, *, now: float
 ) -> PoolFacts:
-    """Return what scaling needs to know of a pool; ``initial`` are the replicas of a pool that is not there yet."""
+    """Return what scaling needs to know of a pool."""
     deployment = view.deployment or {}
-    live = deployment.get("spec", {}).get("replicas", initial)
+    # A pool that may sleep starts awake: the first thing a user does is to try it.
+    live = deployment.get("spec", {}).get("replicas", max(1, asked.spec.scaling.min_replicas))
     ready = view.ready_pods
     unschedulable = len(view.unschedulable_pods)
     terminating = sum(1 for pod in view.pods if _leaving(pod))
@@ -104,9 +77,9 @@ def pool_facts(
     since = [moment for pod in ready if (moment := _since(pod, "Ready")) is not None]
     starts = startup_times(view) or memory.startup_seconds
     return PoolFacts(
-        name=shape.name,
-        role=shape.role,
-        scaling=shape.scaling,
+        name=asked.name,
+        role=asked.role,
+        scaling=asked.spec.scaling,
         replicas=live,
         ready=len(ready),
         pending=max(waiting, live - len(ready) - unschedulable if deployment else 0, 0),
@@ -139,10 +112,10 @@ def telemetry_targets(
 ) -> TierTargets:
     """Return whom to ask about a tier's load."""
     pools = []
-    for shape in pool_shapes(tier):
-        view = view_pool(tier, shape.name, objects, pods)
+    for asked in pools_asked(tier.spec):
+        view = view_pool(tier, asked.name, objects, pods)
         desired = (view.deployment or {}).get("spec", {}).get("replicas", 0)
-        pools.append(PoolTargets(shape.name, shape.role, desired, _targets(view, engine.PORT)))
+        pools.append(PoolTargets(asked.name, asked.role, desired, _targets(view, engine.PORT)))
     routers = _targets(view_router(tier, objects, pods), router.METRICS_PORT)
     return TierTargets(tier.metadata.namespace, tier.metadata.name, tuple(pools), routers)
 

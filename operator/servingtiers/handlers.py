@@ -19,15 +19,15 @@ from typing import Any
 
 import kopf
 import yaml
-from prometheus_client import CollectorRegistry
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 
 from servingtiers import __version__
 from servingtiers.adapters.cluster import AUTOSCALER, TIER, Cluster
 from servingtiers.adapters.leadership import Leadership, LeaseTimes
-from servingtiers.adapters.operator_metrics import OperatorMetrics
 from servingtiers.adapters.prometheus import PrometheusSource
 from servingtiers.adapters.scrape import ScrapeSource
+from servingtiers.api.base import parse_duration
 from servingtiers.controller import WATCHED, Controller
 from servingtiers.core.config import OperatorConfig
 from servingtiers.core.state import JsonObject
@@ -82,39 +82,36 @@ def load_source(config: OperatorConfig) -> LoadSource:
     """Return the telemetry the configuration asks for.
 
     Raises:
-        ValueError: Prometheus is asked for and its address is missing.
+        ValueError: It asks for what cannot be; the message states the mend.
     """
     telemetry = config.telemetry
-    if telemetry.source == "Prometheus":
-        if telemetry.prometheus is None:
-            raise ValueError(
-                "telemetry.source is Prometheus: set telemetry.prometheus.url, or source: Scrape"
-            )
-        return PrometheusSource(telemetry)
-    return ScrapeSource(telemetry)
+    window = parse_duration(telemetry.window)
+    if telemetry.source == "Scrape":
+        return ScrapeSource(interval=parse_duration(telemetry.interval), window=window)
+    if telemetry.prometheus is None:
+        raise ValueError("telemetry.source is Prometheus: set telemetry.prometheus.url, or source: Scrape")
+    return PrometheusSource(telemetry.prometheus, window)
 
 
 async def run(options: Options, *, stop: asyncio.Event | None = None) -> None:
     """Run the operator until ``stop`` is set, a signal arrives or leadership is lost."""
     stop = stop or asyncio.Event()
-    metrics = OperatorMetrics(CollectorRegistry(), identity=options.identity)
-    async with (
-        Cluster.connect(kubeconfig=options.kubeconfig) as cluster,
-        contextlib.aclosing(load_source(options.config)) as loads,
-    ):
-        cluster.on_write = metrics.wrote
+    config = _with_namespaces(options)
+    loads = load_source(config)
+    async with Cluster.connect(kubeconfig=options.kubeconfig) as cluster:
         controller = Controller(
             cluster,
-            _with_namespaces(options),
+            config,
             loads,
-            metrics,
+            identity=options.identity,
             workers=options.workers,
             resync_seconds=options.resync_seconds,
         )
-        async with _serving(options, controller, metrics), _leading(options, cluster, metrics) as lost:
-            await _until_first(
-                stop.wait(), lost, controller.run(), _watch(options, controller, metrics, stop)
-            )
+        try:
+            async with _serving(options, controller), _leading(options, cluster, controller) as lost:
+                await _until_first(stop.wait(), lost, controller.run(), _watch(options, controller, stop))
+        finally:
+            await loads.close()
 
 
 def _with_namespaces(options: Options) -> OperatorConfig:
@@ -125,10 +122,9 @@ def _with_namespaces(options: Options) -> OperatorConfig:
 
 
 @contextlib.asynccontextmanager
-async def _leading(options: Options, cluster: Cluster, metrics: OperatorMetrics) -> AsyncIterator[Any]:
+async def _leading(options: Options, cluster: Cluster, controller: Controller) -> AsyncIterator[Any]:
     """Hold the Lease for the body; yields what ends when the Lease is lost."""
     if options.lease is None:
-        metrics.leading(yes=True)
         yield asyncio.Event().wait()
         return
     leadership = Leadership(
@@ -138,10 +134,9 @@ async def _leading(options: Options, cluster: Cluster, metrics: OperatorMetrics)
         identity=options.identity,
         times=options.lease,
     )
-    metrics.leading(yes=False)
+    controller.leading = lambda: leadership.leading
     await leadership.acquire()
     cluster.guard = leadership.check
-    metrics.leading(yes=True)
     try:
         yield leadership.hold()
     finally:
@@ -164,9 +159,7 @@ async def _until_first(*waits: Any) -> None:
 # -- Kopf ------------------------------------------------------------------------------------------------------
 
 
-async def _watch(
-    options: Options, controller: Controller, metrics: OperatorMetrics, stop: asyncio.Event
-) -> None:
+async def _watch(options: Options, controller: Controller, stop: asyncio.Event) -> None:
     """Feed the controller from Kopf's watches."""
     registry = kopf.OperatorRegistry()
     settings = kopf.OperatorSettings()
@@ -181,11 +174,9 @@ async def _watch(
 
     @kopf.on.event(TIER.api_version.split("/")[0], "v1alpha1", TIER.plural, registry=registry)
     async def tier(event: kopf.RawEvent, **_: Any) -> None:
-        metrics.watched(TIER.kind)
         controller.tier_seen(_plain(event), gone=event["type"] == "DELETED")
 
     async def child(event: kopf.RawEvent, **_: Any) -> None:
-        metrics.watched(str(event["object"].get("kind", "")))
         controller.object_seen(_plain(event), gone=event["type"] == "DELETED")
 
     for kind in (*WATCHED, AUTOSCALER):
@@ -231,7 +222,7 @@ def _plain(event: kopf.RawEvent) -> JsonObject:
 
 
 @contextlib.asynccontextmanager
-async def _serving(options: Options, controller: Controller, metrics: OperatorMetrics) -> AsyncIterator[None]:
+async def _serving(options: Options, controller: Controller) -> AsyncIterator[None]:
     """Answer ``/healthz``, ``/readyz`` and ``/metrics`` for the body."""
     from aiohttp import web
 
@@ -240,8 +231,8 @@ async def _serving(options: Options, controller: Controller, metrics: OperatorMe
         return web.json_response({"problem": problem, "version": __version__}, status=503 if problem else 200)
 
     async def serve_metrics(_: web.Request) -> web.Response:
-        body, content_type = metrics.render()
-        return web.Response(body=body, headers={"Content-Type": content_type})
+        body = generate_latest(controller.metrics.registry)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     runners = []
     for port, routes in (

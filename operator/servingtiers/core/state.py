@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from servingtiers.api.status import ServingTierStatus
 from servingtiers.core.config import OperatorConfig
 from servingtiers.core.decisions import TierDecision
 from servingtiers.core.signals import TierLoad
@@ -52,8 +51,8 @@ class Member:
     """Seconds of traffic in the load that were not accounted before; 0 where the load is not new."""
     watching_since: float | None = None
     """Unix time since which this process has read the tier's load without a break."""
-    remembered: ServingTierStatus | None = None
-    """The latest status as planned, written or not; None after a restart: then the written one holds."""
+    remembered: object | None = None
+    """What the latest plan wanted remembered, as it gave it; None after a restart: then the written status holds."""
     failures: tuple[str, ...] = ()
     """Writes of the latest pass that the API server refused."""
     autoscalers: tuple[JsonObject, ...] = ()
@@ -113,7 +112,7 @@ class Plan:
     events: tuple[Event, ...]
     recheck_after: float
     """Seconds until the members should be looked at again even if nothing changes."""
-    remember: tuple[ServingTierStatus | None, ...]
-    """Per member: the status as planned, to be handed back with the next observation."""
+    remember: tuple[object | None, ...]
+    """Per member: to be handed back with the next observation, and nobody else's business."""
     decided: tuple[TierDecision, ...]
     """What scaling decided, for metrics and logs."""
