@@ -100,7 +100,7 @@ def test_a_pod_outlives_its_pre_stop_sleep_and_its_drain(cases, data):
 @SLOW
 @given(data=st.data())
 def test_whoever_gives_kv_blocks_outlasts_their_lease(cases, data):
-    """VLLM does not wait for transfers at shutdown: decode would ask an engine that is gone."""
+    """An engine does not wait for transfers at shutdown: decode would ask an engine that is gone."""
     case = data.draw(cases)
     elastic = case.tier.spec.disaggregation is not None and case.tier.spec.disaggregation.elastic_roles
     for pool in case.settings.pools:
@@ -179,7 +179,7 @@ def test_roles_of_the_transfer_are_fixed_unless_roles_are_elastic(folder, roles,
 
 
 def test_on_a_cpu_engine_kv_blocks_are_buffered_in_host_memory(load):
-    """VLLM's default is the memory of a GPU."""
+    """The default is the memory of a GPU."""
     case = load("throughput-disaggregated-nixl")
     pool, chosen = _with_pool(case, env={"VLLM_TARGET_DEVICE": "cpu"})
     flags = _flags(engine_args(case.tier, chosen, pool))

@@ -17,6 +17,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def test_a_scenario_renders_to_the_objects_recorded_beside_it(scenario):
+    """A change of rendering shows in review as a change of objects."""
     golden = scenario.folder / "objects.yaml"
     text = yaml.dump_all(
         scenario.objects, Dumper=_Dumper, sort_keys=False, width=110, explicit_start=True, allow_unicode=True

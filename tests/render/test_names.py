@@ -62,6 +62,7 @@ def _tier(make, name="chat", **spec):
 @pytest.mark.parametrize("kind", NAMES_BY_KIND)
 @given(data=st.data())
 def test_every_name_is_a_dns_label_that_every_kind_of_object_takes(kind, tier_names, data):
+    """Services take the narrowest names: RFC 1035, at most 63 characters."""
     tier = data.draw(tier_names)
     for make in NAMES_BY_KIND[kind]:
         name = make(tier)
@@ -72,6 +73,7 @@ def test_every_name_is_a_dns_label_that_every_kind_of_object_takes(kind, tier_na
 @pytest.mark.parametrize("kind", NAMES_BY_KIND)
 @given(data=st.data())
 def test_two_tiers_never_share_the_name_of_an_object(kind, tier_names, data):
+    """Or one tier would be refused its objects because of another."""
     tiers = data.draw(st.lists(tier_names | st.sampled_from(NEAR_NAMES), unique=True, min_size=2, max_size=8))
     made = [make(tier) for tier in tiers for make in NAMES_BY_KIND[kind]]
     assert len(made) == len(set(made))
@@ -79,18 +81,21 @@ def test_two_tiers_never_share_the_name_of_an_object(kind, tier_names, data):
 
 @pytest.mark.parametrize("kind", NAMES_BY_KIND)
 def test_near_names_of_tiers_stay_apart(kind):
+    """Names that look like another tier's name with a suffix."""
     made = [make(tier) for tier in NEAR_NAMES for make in NAMES_BY_KIND[kind]]
     assert len(made) == len(set(made))
 
 
 @given(data=st.data())
 def test_a_tier_cannot_be_named_after_the_slug_of_another(tier_names, data):
+    """A slug is fixed only where it is the tier's own name."""
     long = data.draw(tier_names.filter(lambda name: names.slug(name) != name))
     assert names.slug(names.slug(long)) != names.slug(long)
 
 
 @pytest.mark.parametrize("name", ["chat", "llama-3-1-8b", "a" * 48])
 def test_a_short_plain_name_is_kept_so_that_people_find_their_service(name):
+    """http://chat, not http://chat-7f2c."""
     assert names.service(name) == name
 
 
@@ -99,6 +104,7 @@ def test_a_short_plain_name_is_kept_so_that_people_find_their_service(name):
 @example(text="/")
 @example(text="Org/name:" + "x" * 100)
 def test_any_text_becomes_a_label_value(text):
+    """Model names hold slashes, colons and capitals."""
     value = names.label_value(text)
     assert len(value) <= 63
     assert LABEL_VALUE.fullmatch(value)
@@ -106,15 +112,18 @@ def test_any_text_becomes_a_label_value(text):
 
 @given(texts=st.lists(st.text(max_size=80), unique=True, max_size=6))
 def test_different_texts_keep_different_label_values(texts):
+    """What is cut or replaced gets a hash."""
     assert len({names.label_value(text) for text in texts}) == len(texts)
 
 
 def test_a_valid_label_value_is_kept():
+    """A hash is for what had to be changed only."""
     assert names.label_value("Llama-3.1_8B") == "Llama-3.1_8B"
 
 
 @given(data=st.data())
 def test_every_label_is_valid_for_any_tier(cases, data):
+    """The API server would refuse the pod."""
     case = data.draw(cases)
     for pool in case.settings.pools:
         labels = names.engine_labels(
@@ -139,6 +148,7 @@ def test_a_user_label_cannot_take_the_place_of_the_operators(make_tier):
 
 
 def test_only_routers_bear_the_shared_pool_so_that_joining_one_restarts_no_engine(make_tier):
+    """A label of the pod template is part of what a rollout compares."""
     tier = _tier(make_tier, sharedPool={"name": "llama"})
     engine = names.engine_labels(tier, "pool", PoolRole.AGGREGATED, served_name="a", accelerator="b")
     assert names.router_labels(tier)[names.SHARED_POOL_LABEL] == "llama"
@@ -150,4 +160,5 @@ def test_only_routers_bear_the_shared_pool_so_that_joining_one_restarts_no_engin
     [(PoolRole.AGGREGATED, "prefill-decode"), (PoolRole.PREFILL, "prefill"), (PoolRole.DECODE, "decode")],
 )
 def test_roles_are_spelled_as_llm_d_spells_them(role, value):
+    """Their tools select by these values."""
     assert names.route_role(role) == value

@@ -81,7 +81,7 @@ def _engine_labels(case, index=0):
 
 
 def test_engines_take_requests_from_their_routers_and_from_no_stranger(scenario):
-    """vLLM's API key guards some paths only: who reaches the port may use the engine."""
+    """The API key of vLLM guards some paths only: who reaches the port may use the engine."""
     labels = _engine_labels(scenario)
     assert _may_enter(scenario, labels, names.router_labels(scenario.tier), engine.PORT)
     assert not _may_enter(scenario, labels, STRANGER, engine.PORT)

@@ -50,12 +50,14 @@ def _router_selectors(args):
 
 
 def test_every_golden_object_fits_the_strict_schema_of_kubernetes(scenario, valid):
+    """Strict: an unknown field is an error."""
     assert scenario.objects
     for obj in scenario.objects:
         valid(obj)
 
 
 def test_every_golden_pod_fits_the_restricted_pod_security_standard(scenario, violations):
+    """Namespaces that enforce it take every pod."""
     for deployment in scenario.of_kind("Deployment"):
         assert violations(deployment["spec"]["template"]["spec"]) == []
 
@@ -75,6 +77,7 @@ def test_the_pod_security_check_sees_what_it_must_see(scenario, violations):
 @SLOW
 @given(data=st.data())
 def test_any_tier_gives_objects_that_kubernetes_takes(cases, valid, violations, data):
+    """Both checks, for tiers nobody thought of."""
     for obj in data.draw(cases).objects:
         valid(obj)
         if obj["kind"] == "Deployment":
@@ -84,6 +87,7 @@ def test_any_tier_gives_objects_that_kubernetes_takes(cases, valid, violations, 
 @SLOW
 @given(data=st.data())
 def test_no_two_objects_of_a_tier_share_kind_and_name(cases, data):
+    """The second would overwrite the first."""
     objects = data.draw(cases).objects
     assert len({(obj["kind"], obj["metadata"]["name"]) for obj in objects}) == len(objects)
 
@@ -91,6 +95,7 @@ def test_no_two_objects_of_a_tier_share_kind_and_name(cases, data):
 @SLOW
 @given(data=st.data())
 def test_every_object_is_owned_by_its_tier_in_its_namespace(cases, data):
+    """Deleting the tier deletes everything, with the operator gone, too."""
     case = data.draw(cases)
     for obj in case.objects:
         meta = obj["metadata"]
@@ -119,6 +124,7 @@ def test_no_selector_but_the_routers_own_holds_a_routing_label(cases, data):
 @SLOW
 @given(data=st.data())
 def test_a_deployments_selector_is_component_tier_and_pool_alone(cases, data):
+    """A selector cannot be changed, so it holds nothing that may."""
     for deployment in _kind(data.draw(cases).objects, "Deployment"):
         expected = {"app.kubernetes.io/component", "servingtiers.io/tier"}
         if _component(deployment) == "engine":
@@ -131,6 +137,7 @@ def test_a_deployments_selector_is_component_tier_and_pool_alone(cases, data):
 @SLOW
 @given(data=st.data())
 def test_the_router_finds_every_engine_at_home_in_its_role_and_no_other(cases, data):
+    """The two command lines and the pod labels are written in different modules."""
     case = data.draw(cases)
     deployments = _kind(case.objects, "Deployment")
     (router,) = [deployment for deployment in deployments if _component(deployment) == "router"]
@@ -151,6 +158,7 @@ def test_the_router_finds_every_engine_at_home_in_its_role_and_no_other(cases, d
 @SLOW
 @given(data=st.data())
 def test_the_router_discovers_in_its_namespace_at_the_port_the_engines_listen_on(cases, data):
+    """Discovery takes one port for all pods."""
     case = data.draw(cases)
     deployments = _kind(case.objects, "Deployment")
     (router,) = [deployment for deployment in deployments if _component(deployment) == "router"]
@@ -166,6 +174,7 @@ def test_the_router_discovers_in_its_namespace_at_the_port_the_engines_listen_on
 @SLOW
 @given(data=st.data())
 def test_each_disruption_budget_covers_the_pods_of_one_deployment(cases, data):
+    """A pod under two budgets cannot be evicted at all."""
     objects = data.draw(cases).objects
     deployments = _kind(objects, "Deployment")
     budgets = _kind(objects, "PodDisruptionBudget")
@@ -182,6 +191,7 @@ def test_each_disruption_budget_covers_the_pods_of_one_deployment(cases, data):
 @SLOW
 @given(data=st.data())
 def test_the_service_leads_to_named_ports_of_the_routers(cases, data):
+    """To routers, never to engines."""
     objects = data.draw(cases).objects
     (service,) = _kind(objects, "Service")
     backing = [
@@ -196,6 +206,7 @@ def test_the_service_leads_to_named_ports_of_the_routers(cases, data):
 @SLOW
 @given(data=st.data())
 def test_every_volume_is_mounted_and_every_mount_has_a_volume(cases, data):
+    """A mount without a volume is refused; a volume without a mount is forgotten."""
     for deployment in _kind(data.draw(cases).objects, "Deployment"):
         spec = deployment["spec"]["template"]["spec"]
         assert {volume["name"] for volume in spec["volumes"]} == {
@@ -206,6 +217,7 @@ def test_every_volume_is_mounted_and_every_mount_has_a_volume(cases, data):
 @SLOW
 @given(data=st.data())
 def test_replicas_that_belong_to_somebody_else_are_left_out(cases, data):
+    """Server-side apply would take the field from its owner."""
     case = data.draw(cases)
     for pool in case.settings.pools:
         name = names.engine_deployment(case.tier.metadata.name, pool.name)
@@ -250,6 +262,7 @@ def test_rendering_twice_gives_the_same_objects_that_share_no_part(cases, data):
 
 @pytest.mark.parametrize("pool", ["pool", "prefill", "decode", ROUTER_POOL])
 def test_a_pinned_template_is_taken_as_it_is(scenario, pool):
+    """Another operator or catalogue restarts no engine."""
     pinned = {"metadata": {"labels": {"pinned": "yes"}}, "spec": {"containers": []}}
     known = {ROUTER_POOL, *(entry.name for entry in scenario.settings.pools)}
     if pool not in known:
@@ -264,6 +277,7 @@ def test_a_pinned_template_is_taken_as_it_is(scenario, pool):
 
 
 def test_a_tier_without_a_uid_gives_objects_without_an_owner(scenario):
+    """An owner without a uid is refused."""
     nowhere = scenario.tier.model_copy(
         update={"metadata": scenario.tier.metadata.model_copy(update={"uid": ""})}
     )
@@ -272,6 +286,7 @@ def test_a_tier_without_a_uid_gives_objects_without_an_owner(scenario):
 
 
 def test_permissions_come_first_and_pods_last(scenario):
+    """A router that starts before its role logs errors."""
     kinds = [obj["kind"] for obj in scenario.objects]
     rank = ["ServiceAccount", "Role", "RoleBinding", "NetworkPolicy", "Service"]
     assert [kind for kind in kinds if kind in rank] == sorted((k for k in kinds if k in rank), key=rank.index)
@@ -279,6 +294,7 @@ def test_permissions_come_first_and_pods_last(scenario):
 
 
 def test_the_hub_token_appears_by_reference_only(scenario):
+    """No secret value is ever in an object."""
     text = json.dumps(scenario.objects)
     for deployment in scenario.of_kind("Deployment"):
         for variable in _container(deployment)["env"]:
@@ -290,6 +306,7 @@ def test_the_hub_token_appears_by_reference_only(scenario):
 
 
 def test_in_cluster_mode_the_operator_grants_nothing_but_the_bound_cluster_role(scenario):
+    """It may bind one name and hold no pods of foreign namespaces."""
     roles = scenario.of_kind("Role")
     bindings = scenario.of_kind("RoleBinding")
     if scenario.config.router_service_account is not None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from servingtiers.api.spec import ResourceList, RouterPolicy, ScalingMode, ServingTier
 from servingtiers.core.config import OperatorConfig
 from servingtiers.core.decisions import PoolRole
-from servingtiers.core.effective import TierSettings
+from servingtiers.core.effective import TierSettings, pools_asked
 from servingtiers.core.state import JsonObject
 from servingtiers.render import engine, names
 from servingtiers.render.pods import container_security, environment, from_pod_field, pod_security
@@ -85,15 +85,9 @@ def router_args(tier: ServingTier, settings: TierSettings) -> tuple[str, ...]:
 
 def _may_be_empty(tier: ServingTier) -> bool:
     """Return whether the tier may rest at zero engines: by its own scaling or by somebody else's."""
-    spec = tier.spec
-    pools = (
-        [spec.disaggregation.prefill, spec.disaggregation.decode]
-        if spec.disaggregation
-        else [spec.pool]
-        if spec.pool
-        else []
+    return tier.spec.scaling.mode is ScalingMode.EXTERNAL or any(
+        pool.spec.scaling.min_replicas == 0 for pool in pools_asked(tier.spec)
     )
-    return spec.scaling.mode is ScalingMode.EXTERNAL or any(pool.scaling.min_replicas == 0 for pool in pools)
 
 
 def router_template(tier: ServingTier, settings: TierSettings, config: OperatorConfig) -> JsonObject:
