@@ -117,10 +117,10 @@ class Tiers:
 
 
 @pytest.fixture(scope="module")
-def tiers(control_plane: ControlPlane) -> Tiers:
+def tiers(ring: ControlPlane) -> Tiers:
     """Return access to the tiers of an API server that has the CRD of the models, as they are now."""
-    install(control_plane)
-    return Tiers(control_plane)
+    install(ring)
+    return Tiers(ring)
 
 
 EXAMPLES = [

@@ -145,10 +145,10 @@ ONLY_CEL = {"far too long a duration"}
 
 
 @pytest.fixture(scope="module")
-def connection(control_plane: ControlPlane) -> Connection:
+def server(ring: ControlPlane) -> Connection:
     """Return a connection to an API server that has the CRD of the models, as they are now."""
-    install(control_plane)
-    return control_plane.connection()
+    install(ring)
+    return ring.connection()
 
 
 def install(plane: ControlPlane) -> None:
@@ -211,12 +211,10 @@ def test_the_models_refuse_bad_input_and_name_the_field(cases: list[Case]) -> No
 
 @pytest.mark.ring
 @pytest.mark.parametrize("cases", BY_FIELD.values(), ids=BY_FIELD.keys())
-def test_the_api_server_refuses_bad_input_and_names_the_field(
-    connection: Connection, cases: list[Case]
-) -> None:
+def test_the_api_server_refuses_bad_input_and_names_the_field(server: Connection, cases: list[Case]) -> None:
     """The operator then never sees it, and the user reads where it is."""
     for case in cases:
         with pytest.raises(ApiError) as caught:
-            connection.request("POST", TIERS, document(case.spec))
+            server.request("POST", TIERS, document(case.spec))
         assert caught.value.status in {400, 422}, case.kind
         assert case.field in caught.value.message, (case.kind, caught.value.message)

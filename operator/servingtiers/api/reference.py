@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,56 +19,75 @@ _HEAD = f"""\
 Every field, required ones in bold, with its type, default and bounds, as the API server enforces them. Durations are
 [GEP-2257](https://gateway-api.sigs.k8s.io/geps/gep-2257/) strings such as `500ms` or `1h30m`, and `us` too. A default
 in the table is filled in by the API server; what is left open besides is chosen for the tier and shown, with its
-reason, in `status.effective`.
+reason, in `status.effective`. Fields of one shape share a section.
 """
+
+_Sections = dict[str, tuple[list[str], Mapping[str, Any]]]
+"""Shape of an object to the paths that have it, and one of the objects."""
 
 
 def reference_page() -> str:
     """Return the reference page as Markdown."""
     root = crd_document()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-    sections = [_HEAD]
+    sections: _Sections = {}
     for part in ("spec", "status"):
         for path, node in _objects(root["properties"][part], part):
-            sections.append(_section(path, node))
-    return "\n".join(sections)
+            paths, _ = sections.setdefault(_shape(node), ([], node))
+            paths.append(path)
+    parts = [_section(paths, node, sections) for paths, node in sections.values()]
+    return "\n".join([_HEAD, *parts])
 
 
 def _objects(node: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield every object with fields, parents first; prefill and decode have the shape of `pool`."""
+    """Yield every object with fields, parents first."""
     if "properties" in node:
         yield path, node
     for name, child in node.get("properties", {}).items():
-        if path == "spec.disaggregation" and name in {"prefill", "decode"}:
-            continue
         yield from _objects(child, f"{path}.{name}")
     if "items" in node:
         yield from _objects(node["items"], f"{path}[]")
 
 
-def _section(path: str, node: Mapping[str, Any]) -> str:
-    level = "##" if "." not in path else "###"
+def _shape(node: Mapping[str, Any]) -> str:
+    """Return what two objects have in common that differ in description and default only."""
+    return json.dumps({key: node[key] for key in node if key not in {"description", "default"}})
+
+
+def _section(paths: list[str], node: Mapping[str, Any], sections: _Sections) -> str:
+    level = "##" if "." not in paths[0] else "###"
     rows = ["| Field | Type | Default | Description |", "|---|---|---|---|"]
     for name, child in node["properties"].items():
         title = f"**`{name}`**" if name in node.get("required", ()) else f"`{name}`"
-        if "properties" in child or "properties" in child.get("items", {}):
-            shape = f"{path}.{name}{'[]' if 'items' in child else ''}"
-            if path == "spec.disaggregation" and name in {"prefill", "decode"}:
-                shape = "spec.pool"
-            kind = f"[{_type(child)}](#{_anchor(shape)})"
-        else:
-            kind = _type(child)
+        inner = child.get("items", child)
+        kind = _type(child)
+        if "properties" in inner:
+            kind = f"[{kind}](#{_anchor(sections[_shape(inner)][0][0])})"
         default = f"`{_value(child['default'])}`" if "default" in child else ""
         rows.append(f"| {title} | {kind} | {default} | {_cell(_description(child))} |")
-    rules = [f"- {rule['message']}" for rule in node.get("x-kubernetes-validations", ())] + [
-        f"- `{name}`: {rule['message']}"
-        for name, child in node["properties"].items()
-        if "properties" not in child  # an object has its own section
-        for rule in child.get("x-kubernetes-validations", ())
+    parts = [f"{level} `{paths[0]}`"]
+    if len(paths) > 1:
+        parts.append("Also " + ", ".join(f"`{path}`" for path in paths[1:]) + ".")
+    else:
+        parts.append(_sentence(node["description"]))
+    parts.append("\n".join(rows))
+    rules = [f"- {rule['message']}" for rule in node.get("x-kubernetes-validations", ())]
+    rules += [
+        f"- {', '.join(f'`{name}`' for name in names)}: {message}"
+        for message, names in _field_rules(node).items()
     ]
-    parts = [f"{level} `{path}`", _sentence(node["description"]), "\n".join(rows)]
     if rules:
         parts.append("Rules, in the API server's words:\n\n" + "\n".join(rules))
     return "\n\n".join(parts) + "\n"
+
+
+def _field_rules(node: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return each message to the fields whose rule it is; an object has its own section."""
+    found: dict[str, list[str]] = {}
+    for name, child in node["properties"].items():
+        if "properties" not in child:
+            for rule in child.get("x-kubernetes-validations", ()):
+                found.setdefault(rule["message"], []).append(name)
+    return found
 
 
 def _type(node: Mapping[str, Any]) -> str:
