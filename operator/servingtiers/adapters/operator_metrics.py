@@ -140,7 +140,7 @@ _RECONCILE_HELP: Final = "Time of one reconcile, from taking its key to its last
 _RECONCILE_BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class OperatorMetrics(Collector):
     """The operator's metrics, in a registry of the caller's."""
 
@@ -231,8 +231,8 @@ class OperatorMetrics(Collector):
                 show("servingtiers_slo_error_budget_left_ratio", slo.error_budget_left, *key, slo.objective)
             show("servingtiers_tier_arrivals_per_second", tier.arrivals_per_second, *key)
             show("servingtiers_tier_load_unknown_signals", tier.unknown_signals, *key)
-            age = None if tier.load_age is None else tier.load_age + since
-            show("servingtiers_tier_load_age_seconds", age, *key)
+            load_age = None if tier.load_age is None else tier.load_age + since
+            show("servingtiers_tier_load_age_seconds", load_age, *key)
             show("servingtiers_cost_per_hour", tier.cost_per_hour, *key, tier.currency)
             show("servingtiers_cost_idle_per_hour", tier.idle_cost_per_hour, *key, tier.currency)
             per_million = tier.cost_per_million_output_tokens

@@ -178,7 +178,9 @@ class PrometheusSource:
             session=session,
             timeout=self._timeout,
             # The next tick is the retry; only a connection that cannot be made is tried again at once.
-            retry=Retry(total=1, connect=1, read=0, status=0, other=0, redirect=False, backoff_factor=0.1),
+            retry=Retry(
+                total=1, connect=1, read=False, status=False, other=False, redirect=False, backoff_factor=0.1
+            ),
         )
 
     async def read(self, tiers: Sequence[TierTargets], now: float) -> Mapping[str, TierLoad]:
@@ -264,8 +266,9 @@ class PrometheusSource:
             _UnreachableError: There was no answer.
         """
         left = self._deadline - self.monotonic()
+        late = _UnreachableError(f"took more than {3 * self._timeout:g} s for one tick")
         if left <= 0:
-            raise _UnreachableError(f"took more than {3 * self._timeout:g} s for one tick")
+            raise late
         try:
             result = self._client.custom_query(query, timeout=min(self._timeout, left))
         except PrometheusApiClientException as error:
@@ -277,6 +280,8 @@ class PrometheusSource:
                 "redirects elsewhere: set telemetry.prometheus.url to its final address"
             ) from None
         except requests.exceptions.Timeout:
+            if left < self._timeout:
+                raise late from None
             raise _UnreachableError(f"gave no answer within {self._timeout:g} s") from None
         except requests.exceptions.RequestException as error:
             raise _UnreachableError(f"cannot be reached: {_root(error)}"[:300]) from None

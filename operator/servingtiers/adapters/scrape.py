@@ -46,6 +46,8 @@ class _Engine:
     target: PodTarget
     scans: deque[Scan]
     fault: str | None = None
+    failed: bool = False
+    """It was asked last time and gave no usable answer."""
 
 
 @dataclass(slots=True)
@@ -53,6 +55,7 @@ class _Router:
     target: PodTarget
     scans: deque[RouterScan]
     fault: str | None = None
+    failed: bool = False
 
 
 class _RefusedError(Exception):
@@ -96,8 +99,8 @@ class ScrapeSource:
         ahead = now - self.monotonic()
         self._follow(tiers)
         pods: list[_Engine | _Router] = [*self._engines.values(), *self._routers.values()]
-        # Pods that did not answer last time come last: hanging ones must not use up the others' time.
-        pods.sort(key=lambda pod: pod.fault is not None)
+        # Hanging pods must not use up the others' time: whoever failed last time comes last.
+        pods.sort(key=lambda pod: pod.failed)
         await self._scrape_all(pods, ahead)
         clock = self.monotonic()
         loads: dict[str, TierLoad] = {}
@@ -138,7 +141,10 @@ class ScrapeSource:
 
     async def _scrape_all(self, pods: Sequence[_Engine | _Router], ahead: float) -> None:
         for pod in pods:
-            pod.fault = f"was not reached within {2 * self.timeout:g} s: too many pods hang"
+            pod.fault, pod.failed = (
+                f"was not reached within {2 * self.timeout:g} s: too many pods hang",
+                False,
+            )
         left = iter(pods)
         workers = [
             asyncio.create_task(self._work(left, ahead)) for _ in range(min(self.concurrency, len(pods)))
@@ -156,6 +162,7 @@ class ScrapeSource:
 
     async def _work(self, left: Iterator[_Engine | _Router], ahead: float) -> None:
         for pod in left:
+            pod.failed = True
             try:
                 text = await self._get(pod.target)
                 at = self.monotonic()
@@ -164,7 +171,7 @@ class ScrapeSource:
                     pod.scans.append(replace(scan, time=scan.time - ahead))
                 else:
                     pod.scans.append(parse_router(text, at))
-                pod.fault = None
+                pod.fault, pod.failed = None, False
             except _RefusedError as refused:
                 pod.fault = str(refused)
             except ValueError as error:
