@@ -298,6 +298,11 @@ def draw_requests(workload: Workload, count: int, seed: int, model: StepModel) -
     streams = [np.random.Generator(np.random.PCG64(s)) for s in np.random.SeedSequence(seed).spawn(5)]
     prompt = _lengths(streams[0], workload.prompt_tokens, workload.prompt_cv, count)
     output = _lengths(streams[1], workload.output_tokens, workload.output_cv, count)
+    if workload.concurrency is not None and workload.output_cv <= 0.0:
+        # Clients with answers of one length would march in step for ever, prompts of all of them in one batch;
+        # real ones drift apart. Benchmarks draw lengths from a range for the same reason.
+        dither = (streams[1].random(count) - 0.5) * 0.2 * workload.output_tokens
+        output = np.maximum(np.rint(output + dither), 1).astype(np.int64)
     if workload.max_model_len is not None:
         prompt = np.minimum(prompt, workload.max_model_len - 1)
         output = np.minimum(output, workload.max_model_len - prompt)
@@ -334,6 +339,7 @@ def simulate(
     seed: int = 0,
     overhead_ms: float = 0.0,
     warmup: float = 0.1,
+    rounds: int | None = None,
 ) -> Result:
     """Simulate an aggregated pool.
 
@@ -344,6 +350,9 @@ def simulate(
         seed: Seed of the random numbers.
         overhead_ms: Time from a request's arrival to the scheduler: HTTP, tokenizer, queues between processes.
         warmup: Share of the requests, from the start, left out of the figures.
+        rounds: Closed loop only: requests each client sends in one run that begins with all clients at once and
+            of which everything counts, as ``vllm bench serve`` does it; runs are repeated until there are
+            ``requests``. None: one long run in its steady state.
 
     Raises:
         ValueError: A request cannot fit the KV cache, or no memory is left for one.
@@ -351,14 +360,34 @@ def simulate(
     if workload.concurrency is not None and pool.replicas > 1:
         workload = replace(workload, concurrency=math.ceil(workload.concurrency / pool.replicas))
         pool = replace(pool, replicas=1)
-    drawn = draw_requests(workload, requests, seed, pool.model)
+    clients = workload.concurrency
+    size = requests
+    if clients is not None:
+        size = max(requests, 2 * clients) if rounds is None else rounds * clients
+    runs = 1 if clients is None or rounds is None else max(math.ceil(requests / size), 1)
+    drawn = draw_requests(workload, size * runs, seed, pool.model)
     _check_fit(drawn, pool)
     state = make_pool(pool)
-    if workload.concurrency is not None:
-        kernel.run_closed(state, drawn, overhead_ms, workload.concurrency)
-    else:
+    if clients is None:
         kernel.run_open(state, drawn, overhead_ms, pool.routing is Routing.LEAST_LOADED)
-    return _summary(state, drawn, warmup=warmup, closed=workload.concurrency)
+        return _summary(_Totals.of(state), drawn, _open_window(len(drawn.arrival), warmup))
+    totals: list[_Totals] = []
+    for run in range(runs):
+        part = kernel.Requests._make(column[run * size : (run + 1) * size] for column in drawn)
+        kernel.reset(state, 0, 0.0)
+        kernel.run_closed(state, part, overhead_ms, clients)
+        totals.append(_Totals.of(state))
+    if rounds is None:
+        # The last round is left out: by then some clients have nothing left to send.
+        start = min(int(size * warmup), size - clients - 1)
+        return _summary(totals[0], drawn, slice(start, size - clients), steady=True)
+    return _summary(
+        _Totals.sum(totals), drawn, slice(0, size * runs), seconds=sum(t.clock_ms for t in totals) / 1e3
+    )
+
+
+def _open_window(count: int, warmup: float) -> slice:
+    return slice(min(int(count * warmup), count - 1), count)
 
 
 def simulate_disaggregated(
@@ -425,28 +454,64 @@ def simulate_disaggregated(
         last=second.last[back],
         preempted=first.preempted + second.preempted[back],
     )
-    return _summary(
-        decoding,
-        whole,
-        warmup=warmup,
-        closed=None,
-        more_steps=int(state.ints[:, 0].sum()),
-    )
+    totals = _Totals.of(decoding)
+    totals.steps += int(state.ints[:, kernel.STEPS].sum())
+    return _summary(totals, whole, _open_window(len(whole.arrival), warmup))
+
+
+@dataclass(slots=True)
+class _Totals:
+    """Sums over the replicas and the time of a run."""
+
+    itl: NDArray[np.int64]
+    busy_ms: float
+    batch_ms: float
+    blocks_ms: float
+    """Used blocks times ms, as a share of all blocks."""
+    clock_ms: float
+    """Sum over replicas of when they stopped."""
+    steps: int
+
+    @classmethod
+    def of(cls, pool: kernel.Pool) -> _Totals:
+        return cls(
+            itl=pool.itl.sum(axis=0),
+            busy_ms=float(pool.reals[:, kernel.BUSY_MS].sum()),
+            batch_ms=float(pool.reals[:, kernel.BATCH_MS].sum()),
+            blocks_ms=float(pool.reals[:, kernel.BLOCKS_MS].sum() / pool.config[kernel.BLOCKS]),
+            clock_ms=float(pool.reals[:, kernel.CLOCK].sum()),
+            steps=int(pool.ints[:, kernel.STEPS].sum()),
+        )
+
+    @classmethod
+    def sum(cls, parts: list[_Totals]) -> _Totals:
+        return cls(
+            itl=np.sum([part.itl for part in parts], axis=0),
+            busy_ms=sum(part.busy_ms for part in parts),
+            batch_ms=sum(part.batch_ms for part in parts),
+            blocks_ms=sum(part.blocks_ms for part in parts),
+            clock_ms=sum(part.clock_ms for part in parts),
+            steps=sum(part.steps for part in parts),
+        )
 
 
 def _summary(
-    pool: kernel.Pool,
+    totals: _Totals,
     requests: kernel.Requests,
+    window: slice,
     *,
-    warmup: float,
-    closed: int | None,
-    more_steps: int = 0,
+    steady: bool = False,
+    seconds: float | None = None,
 ) -> Result:
-    count = len(requests.arrival)
-    start = min(int(count * warmup), count - 1)
-    # A closed loop ends with clients that have nothing left to send; its last round is left out too.
-    stop = count if closed is None else max(count - closed, start + 1)
-    window = slice(start, stop)
+    """Summarise the requests of a window of a run.
+
+    Args:
+        totals: Sums of the whole run.
+        requests: All requests of the run.
+        window: Those that count.
+        steady: Take rates between the first and the last of the window to finish, not from its first arrival.
+        seconds: Length of the run, where it is known.
+    """
     arrival, first, last = requests.arrival[window], requests.first[window], requests.last[window]
     output = requests.output[window]
     ttft = first - arrival
@@ -454,28 +519,23 @@ def _summary(
     tpot = (last - first)[answered] / (output - 1)[answered] if answered.any() else np.zeros(1)
     e2e = last - arrival
     queue = requests.scheduled[window] - arrival
-    # Rates over the time in which the counted requests finished, robust against the drain at the end.
-    done = np.sort(last)
-    span = max(float(done[-1] - requests.arrival[start]), 1e-9)
-    if closed is not None and len(done) > 1:
-        span = max(float(done[-1] - done[0]), 1e-9) * len(done) / (len(done) - 1)
-    busy = float(pool.reals[:, kernel.BUSY_MS].sum())
-    whole = float(requests.last.max() - requests.arrival[0]) * pool.ints.shape[0]
+    if seconds is None:
+        since = float(last.min()) if steady else float(arrival[0])
+        seconds = max(float(last.max()) - since, 1e-6) / 1e3
+    busy = max(totals.busy_ms, 1e-12)
     return Result(
         ttft=_percentiles(ttft),
         tpot=_percentiles(tpot),
-        itl=_itl(pool),
+        itl=_itl(totals.itl),
         e2e=_percentiles(e2e),
         queue=_percentiles(queue),
-        requests_per_second=1e3 * len(done) / span,
-        tokens_per_second=1e3 * float(output.sum()) / span,
-        mean_batch=float(pool.reals[:, kernel.BATCH_MS].sum()) / max(busy, 1e-12),
-        kv_use=float(pool.reals[:, kernel.BLOCKS_MS].sum())
-        / max(busy, 1e-12)
-        / float(pool.config[kernel.BLOCKS]),
-        utilisation=busy / max(whole, 1e-12),
+        requests_per_second=len(output) / seconds,
+        tokens_per_second=float(output.sum()) / seconds,
+        mean_batch=totals.batch_ms / busy,
+        kv_use=totals.blocks_ms / busy,
+        utilisation=busy / max(totals.clock_ms, 1e-12),
         preemptions=int(requests.preempted.sum()),
-        steps=int(pool.ints[:, kernel.STEPS].sum()) + more_steps,
+        steps=totals.steps,
         output_tokens=int(requests.output.sum()),
     )
 
@@ -487,9 +547,8 @@ def _percentiles(values: NDArray[np.float64]) -> Percentiles:
     return Percentiles(float(values.mean()), *(float(v) for v in np.quantile(values, _QUANTILES)))
 
 
-def _itl(pool: kernel.Pool) -> Percentiles:
+def _itl(counts: NDArray[np.int64]) -> Percentiles:
     """Inter-token latency percentiles from the kernel's bins, by the middle of the bin."""
-    counts = pool.itl.sum(axis=0)
     edges = kernel.itl_edges()
     middle = (edges[:-1] + edges[1:]) / 2.0
     total = int(counts.sum())

@@ -1,0 +1,187 @@
+"""``servingtiers predict``: the keys and arguments others build on, and wrong input that names its mend."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from servingtiers.cli import main
+from servingtiers.performance.engine_sim import EngineConfig
+from servingtiers.performance.prediction import Replica, default_limits
+
+BASE = ["predict", "--model", "meta-llama/Llama-3.1-8B-Instruct", "--accelerator", "h100-sxm-80gb"]
+QUICK = ["--requests", "2000", "-o", "json"]
+
+
+def predict(*arguments: str) -> dict:
+    """Run the command and return its JSON."""
+    result = CliRunner().invoke(main, [*BASE, *arguments, *QUICK])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_json_has_the_documented_keys() -> None:
+    """Programs read these names; they are an interface."""
+    answer = predict("--rate", "5")
+
+    assert set(answer) == {
+        "ttftMs", "tpotMs", "e2eMs", "tokensPerSecond", "requestsPerSecond", "kvUse", "saturated", "source",
+        "bandPercent",
+    }  # fmt: skip
+    for key in ("ttftMs", "tpotMs", "e2eMs"):
+        values = answer[key]
+        assert list(values) == ["mean", "p50", "p90", "p95", "p99", "p999"]
+        assert 0 < values["p50"] <= values["p90"] <= values["p95"] <= values["p99"] <= values["p999"]
+    assert answer["saturated"] is False
+    assert 0 < answer["kvUse"] < 1
+
+
+def test_more_load_means_more_latency_and_at_last_saturation() -> None:
+    """TPOT and mean TTFT rise with the rate; far beyond capacity the answer says so."""
+    answers = [predict("--rate", str(rate)) for rate in (1, 10, 25, 200)]
+
+    assert [a["tpotMs"]["mean"] for a in answers] == sorted(a["tpotMs"]["mean"] for a in answers)
+    assert [a["ttftMs"]["mean"] for a in answers] == sorted(a["ttftMs"]["mean"] for a in answers)
+    assert [a["saturated"] for a in answers] == [False, False, False, True]
+
+
+def test_closed_loop_obeys_little_s_law() -> None:
+    """Clients = throughput × time in the system, in the steady state."""
+    answer = predict("--concurrency", "32", "--steady")
+
+    assert answer["requestsPerSecond"] * answer["e2eMs"]["mean"] / 1e3 == pytest.approx(32, rel=0.05)
+
+
+def test_a_closed_loop_run_counts_its_start_as_benchmarks_do() -> None:
+    """All clients send at once at first, which shows in the tail of TTFT."""
+    counted = predict("--concurrency", "32")
+    steady = predict("--concurrency", "32", "--steady")
+
+    assert counted["ttftMs"]["p99"] > 1.5 * steady["ttftMs"]["p99"]
+
+
+def test_prefix_hits_and_quantized_weights_help() -> None:
+    """Cached prompts shorten TTFT; FP8 weights shorten TPOT."""
+    plain = predict("--rate", "5", "--prompt-tokens", "2000")
+    cached = predict("--rate", "5", "--prompt-tokens", "2000", "--prefix-hit-rate", "0.8")
+    quantized = predict("--rate", "5", "--prompt-tokens", "2000", "--weights", "fp8")
+
+    assert cached["ttftMs"]["mean"] < 0.7 * plain["ttftMs"]["mean"]
+    assert quantized["tpotMs"]["mean"] < 0.8 * plain["tpotMs"]["mean"]
+
+
+def test_bursts_lengthen_the_tail_and_even_arrivals_shorten_it() -> None:
+    """The arrival process is part of the answer."""
+    tails = [
+        predict("--rate", "20", "--arrivals", arrivals)["ttftMs"]["p99"]
+        for arrivals in ("constant", "poisson", "gamma:3")
+    ]
+
+    assert tails == sorted(tails)
+    assert tails[2] > 1.5 * tails[0]
+
+
+def test_speculation_shortens_tpot() -> None:
+    """Three draft tokens of which 80 % are kept gain more than they cost at a small batch."""
+    assert (
+        predict("--rate", "1", "--speculative-tokens", "3", "--acceptance", "0.8")["tpotMs"]["mean"]
+        < 0.6 * predict("--rate", "1")["tpotMs"]["mean"]
+    )
+
+
+def test_batch_gives_a_line_for_each_row_equal_to_the_single_call(tmp_path) -> None:
+    """Columns are named as the flags; others are ignored; empty cells take the flags' values."""
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        "id,model,accelerator,tensor_parallel,rate,concurrency,prompt_tokens,output_tokens,measured_ttft\n"
+        "a,meta-llama/Llama-3.1-8B-Instruct,h100-sxm-80gb,1,5,,512,128,25\n"
+        "b,,,,,16,300,50,\n"
+        "c,,,2,0,8,300,50,\n",
+        encoding="utf-8",
+    )
+
+    result = CliRunner().invoke(main, [*BASE, "--batch", str(path), *QUICK])
+
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert lines[0] == predict("--rate", "5")
+    assert lines[1] == predict("--concurrency", "16", "--prompt-tokens", "300", "--output-tokens", "50")
+    assert "2 x h100" in lines[2]["source"]
+
+
+def test_a_wrong_row_says_why_and_the_others_are_answered(tmp_path) -> None:
+    """One bad cell does not cost the rest of a long file; the command still fails."""
+    path = tmp_path / "rows.csv"
+    path.write_text("rate,prompt_tokens\n5,512\nfast,512\n0,512\n", encoding="utf-8")
+
+    result = CliRunner().invoke(main, [*BASE, "--batch", str(path), *QUICK])
+
+    assert result.exit_code == 2
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert "ttftMs" in lines[0]
+    assert lines[1] == {"row": 2, "error": "rate 'fast' is not a number: correct the cell"}
+    assert lines[2]["row"] == 3
+    assert "row 2" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mend"),
+    [
+        (["--rate", "0"], "above 0"),
+        (["--rate", "-1"], "above 0"),
+        (["--rate", "nan"], "above 0"),
+        ([], "exactly one of rate"),
+        (["--rate", "1", "--concurrency", "2"], "exactly one of rate"),
+        (["--rate", "fast"], "not a valid float"),
+        (["--rate", "1", "--weights", "fp3"], "use one of bf16, fp8"),
+        (["--rate", "1", "--kv-dtype", "int2"], "use one of bf16, fp8"),
+        (["--rate", "1", "--prompt-tokens", "200000"], "shorten them"),
+        (["--rate", "1", "--prompt-tokens", "0"], "use 1 or more"),
+        (["--rate", "1", "--max-model-len", "1000000"], "lower it"),
+        (["--rate", "1", "--max-num-seqs", "0"], "use 1 to"),
+        (["--rate", "1", "--tensor-parallel", "3"], "choose 1, 2, 4 or 8"),
+        (["--rate", "1", "--arrivals", "bursty"], "use poisson"),
+        (["--rate", "1", "--prefix-hit-rate", "80"], "share from 0 to 1"),
+        (["--rate", "1", "--model", "meta-llama/Llama-3.1-405B"], "raise the tensor parallelism"),
+        (["--rate", "1", "--model", "meta-llama/Lama-3.1-8B"], "near names"),
+        (["--rate", "1", "--accelerator", "h1000"], "near names"),
+        (["--rate", "1", "--speculative-tokens", "0"], "leave speculation out"),
+        (["--rate", "1", "--requests", "1"], "100 or more"),
+        (["--rate", "1", "--no-such-flag"], "No such option"),
+        (["--rate", "1", "--profile", "/no/such/file.csv"], "file.csv"),
+    ],
+)
+def test_wrong_input_is_one_line_that_names_the_mend(arguments, mend) -> None:
+    """Exit code 2, nothing on standard output, and one line of help."""
+    result = CliRunner().invoke(main, [*BASE, *arguments])
+
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert mend in result.stderr
+
+
+def test_a_malformed_profile_names_its_line(tmp_path) -> None:
+    """A profile is the user's own file; what is wrong in it must be findable."""
+    path = tmp_path / "mine.csv"
+    path.write_text("kind,batch\ndecode,one\n", encoding="utf-8")
+
+    result = CliRunner().invoke(main, [*BASE, "--rate", "1", "--profile", str(path)])
+
+    assert result.exit_code == 2
+    assert "mine.csv" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_limits_left_out_are_vllm_s() -> None:
+    """What vLLM would choose on that accelerator is what is simulated."""
+    from servingtiers.catalog.accelerators import accelerator
+    from servingtiers.catalog.models import model
+
+    assert default_limits(accelerator("h100-sxm-80gb")) == (1024, 8192)
+    assert default_limits(accelerator("a100-sxm-80gb")) == (256, 2048)
+    assert default_limits(accelerator("b200")) == (1024, 16384)
+    replica = Replica(model("meta-llama/Llama-3.1-8B"), accelerator("l4-24gb"), max_num_seqs=4)
+    assert replica.engine() == EngineConfig(max_num_seqs=4, max_num_batched_tokens=2048)
