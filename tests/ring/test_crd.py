@@ -117,10 +117,10 @@ class Tiers:
 
 
 @pytest.fixture(scope="module")
-def tiers(ring: ControlPlane) -> Tiers:
+def tiers(control_plane: ControlPlane) -> Tiers:
     """Return access to the tiers of an API server that has the CRD of the models, as they are now."""
-    install(ring)
-    return Tiers(ring)
+    install(control_plane)
+    return Tiers(control_plane)
 
 
 EXAMPLES = [
@@ -143,7 +143,22 @@ def test_every_rule_lets_through_what_it_should_and_refuses_with_its_message(
         assert "evaluating rule" not in message, example
 
 
-@pytest.mark.parametrize("example", [pytest.param({}, id="smallest"), *EXAMPLES])
+ROOT = Path(__file__).parents[2]
+FILES = [
+    pytest.param(one["spec"], id=str(path.relative_to(ROOT)))
+    for pattern in ("manifests/examples/*.yaml", "tests/golden/*/tier.yaml")
+    for path in sorted(ROOT.glob(pattern))
+    for one in yaml.safe_load_all(path.read_text(encoding="utf-8"))
+    if one and one.get("kind") == KIND
+]
+
+
+def test_there_are_example_files_to_agree_on() -> None:
+    """The examples that the project ships, and the tiers of the golden manifests."""
+    assert len(FILES) >= 3
+
+
+@pytest.mark.parametrize("example", [pytest.param({}, id="smallest"), *EXAMPLES, *FILES])
 def test_the_models_and_the_api_server_agree_on_defaults(tiers: Tiers, example: dict[str, Any]) -> None:
     """What the operator reads after defaulting is what the command line reads from the file."""
     document = tier("defaults", **example)

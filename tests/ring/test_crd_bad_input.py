@@ -145,10 +145,10 @@ ONLY_CEL = {"far too long a duration"}
 
 
 @pytest.fixture(scope="module")
-def server(ring: ControlPlane) -> Connection:
+def server(control_plane: ControlPlane) -> Connection:
     """Return a connection to an API server that has the CRD of the models, as they are now."""
-    install(ring)
-    return ring.connection()
+    install(control_plane)
+    return control_plane.connection()
 
 
 def install(plane: ControlPlane) -> None:
