@@ -13,7 +13,7 @@ from servingtiers.lab.controlplane import Connection, ControlPlane, shared_contr
 
 
 @pytest.fixture(scope="session")
-def ring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """The session's control plane, with an audit log; the processes of a pytest-xdist run share one.
 
     A test that restarts or breaks it starts its own `ControlPlane` instead. Where its programs cannot be had the
@@ -33,14 +33,14 @@ def ring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
 
 
 @pytest.fixture
-def connection(ring: ControlPlane) -> Connection:
+def connection(control_plane: ControlPlane) -> Connection:
     """The ring's API server as administrator."""
-    return ring.connection()
+    return control_plane.connection()
 
 
 @pytest.fixture
-def namespace(ring: ControlPlane) -> Iterator[str]:
+def namespace(control_plane: ControlPlane) -> Iterator[str]:
     """A namespace of the test's own, deleted afterwards."""
-    name = ring.create_namespace(f"test-{uuid.uuid4().hex[:8]}")
+    name = control_plane.create_namespace(f"test-{uuid.uuid4().hex[:8]}")
     yield name
-    ring.connection().request("DELETE", f"/api/v1/namespaces/{name}")
+    control_plane.connection().request("DELETE", f"/api/v1/namespaces/{name}")
