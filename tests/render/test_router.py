@@ -8,8 +8,10 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from servingtiers.api.spec import PoolScaling
 from servingtiers.catalog.engine_flags import router_flag_names
 from servingtiers.core.config import OperatorConfig
+from servingtiers.core.effective import pools_asked
 from servingtiers.render import router, router_args, router_template
 
 SLOW = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -145,3 +147,27 @@ def test_the_router_listens_where_its_service_leads(load):
         "http": router.PORT,
         "metrics": router.METRICS_PORT,
     }
+
+
+@SLOW
+@given(data=st.data())
+def test_of_the_scaling_only_whether_the_tier_may_rest_at_zero_reaches_the_routers(cases, data):
+    """Who pins the routers' template may leave the rest of the scaling out of its reckoning, and not this."""
+    case = data.draw(cases)
+    pools = pools_asked(case.tier.spec)
+    raised = [
+        pool.spec.model_copy(update={"scaling": PoolScaling(min_replicas=1, max_replicas=9)})
+        for pool in pools
+    ]
+    spec = case.tier.spec
+    if spec.disaggregation is not None:
+        parts = spec.disaggregation.model_copy(update={"prefill": raised[0], "decode": raised[1]})
+        spec = spec.model_copy(update={"disaggregation": parts})
+    else:
+        spec = spec.model_copy(update={"pool": raised[0]})
+    other = case.tier.model_copy(update={"spec": spec})
+    same = router_template(other, case.settings, case.config) == router_template(
+        case.tier, case.settings, case.config
+    )
+    assert not router.may_rest_at_zero(other)
+    assert same == (not router.may_rest_at_zero(case.tier))

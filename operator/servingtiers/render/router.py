@@ -17,7 +17,7 @@ from servingtiers.core.state import JsonObject
 from servingtiers.render import engine, names
 from servingtiers.render.pods import container_security, environment, from_pod_field, pod_security
 
-__all__ = ["CONTAINER", "METRICS_PORT", "PORT", "router_args", "router_template"]
+__all__ = ["CONTAINER", "METRICS_PORT", "PORT", "may_rest_at_zero", "router_args", "router_template"]
 
 CONTAINER = "router"
 PORT = 8000
@@ -83,8 +83,12 @@ def router_args(tier: ServingTier, settings: TierSettings) -> tuple[str, ...]:
     )
 
 
-def _may_be_empty(tier: ServingTier) -> bool:
-    """Return whether the tier may rest at zero engines: by its own scaling or by somebody else's."""
+def may_rest_at_zero(tier: ServingTier) -> bool:
+    """Return whether the tier may rest at zero engines: by its own scaling or by somebody else's.
+
+    The one thing of a tier's scaling that the routers' pod template depends on: a pin of it must not outlive a
+    change of this.
+    """
     return tier.spec.scaling.mode is ScalingMode.EXTERNAL or any(
         pool.spec.scaling.min_replicas == 0 for pool in pools_asked(tier.spec)
     )
@@ -94,7 +98,7 @@ def router_template(tier: ServingTier, settings: TierSettings, config: OperatorC
     """Return the pod template of the routers."""
     # /readiness is 503 while no engine is there. A tier that may rest at zero has to take the request that wakes
     # it, so its routers are ready as soon as they live.
-    readiness = "/liveness" if _may_be_empty(tier) else "/readiness"
+    readiness = "/liveness" if may_rest_at_zero(tier) else "/readiness"
     resources = tier.spec.router.resources or config.router_resources or _DEFAULT_RESOURCES
     account = config.router_service_account or names.router_service_account(tier.metadata.name)
     options = tier.spec.pod
