@@ -59,9 +59,11 @@ _LATENCY_SHRINK = 0.8
 """Latency must be inside this share of its target before replicas go."""
 _LEAST_LATE = 3
 """Fewer misses than this in a window are outliers: they are counted for the SLO, but start no engine."""
+_ENOUGH_REQUESTS = 10
+"""Requests in a window from which on their mean means something."""
 _PACE_SECONDS = 60.0
 """At most one replica or 10 % of the pool leaves in this time."""
-_FLAP_SECONDS = 1800.0
+_FLAP_SECONDS = 3600.0
 """A scale-up so soon after a scale-down says that the scale-down was too early."""
 _QUIET_SECONDS = 3600.0
 """After such a scale-up nothing shrinks for so long: load that comes and goes keeps what its peaks need."""
@@ -215,31 +217,49 @@ class _View:
         """In what time a backlog shall be gone; no sooner than another engine could help."""
         return max(self.manners.drain_seconds, _startup(self.pool, self.memory) or _ASSUMED_STARTUP)
 
+    @property
+    def service_seconds(self) -> float | None:
+        """Mean time a request of the window spent in a batch, without its wait; None: not known."""
+        e2e, queue = self.load.e2e, self.load.queue_time
+        if not isinstance(e2e, Histogram) or not isinstance(queue, Histogram) or e2e.total < _ENOUGH_REQUESTS:
+            return None
+        spent = (e2e.mean or 0.0) - (queue.mean or 0.0)
+        return spent if spent > 0 else None
+
+    @property
+    def running_mean(self) -> float | None:
+        """Mean sequences in the batches over the window: rate × time in the batch (Little's law)."""
+        rate, seconds = self.load.request_rate, self.service_seconds
+        return rate.value * seconds if isinstance(rate, Value) and seconds is not None else None
+
+    @property
+    def saturated(self) -> bool:
+        """Batches are full and more waits than replicas could take at once."""
+        running, waiting = number(self.load.running), number(self.load.waiting)
+        answered = min(self.load.coverage.answered, self.pool.ready)
+        if running is None or waiting is None or answered < 1 or self.pool.max_num_seqs <= 0:
+            return False
+        return waiting >= answered and running >= 0.8 * self.pool.max_num_seqs * answered
+
     def capacity(self) -> _Capacity | None:
         """Return what one replica carries.
 
         The performance model's figure, lowered where saturated engines show that they do less; saturated engines
-        alone give a figure too, idle ones cannot.
+        alone give a figure too, idle ones cannot. A full batch of ``n`` that takes ``s`` seconds to serve a request
+        does ``n/s`` requests per second, however short the rush has lasted.
         """
         measured = None
-        rate, running, waiting = self.load.request_rate, number(self.load.running), number(self.load.waiting)
-        answered = min(self.load.coverage.answered, self.pool.ready)
-        if (
-            isinstance(rate, Value)
-            and running is not None
-            and waiting is not None
-            and answered > 0
-            and self.pool.max_num_seqs > 0
-            and self.settled(self.load.window)
-            and waiting >= answered
-            and running >= 0.8 * self.pool.max_num_seqs * answered
-        ):
-            measured = rate.value / answered
+        if self.saturated:
+            seconds, rate = self.service_seconds, self.load.request_rate
+            if seconds is not None:
+                measured = self.pool.max_num_seqs / seconds
+            elif isinstance(rate, Value) and self.settled(self.load.window):
+                measured = rate.value / min(self.load.coverage.answered, self.pool.ready)
         model = self.pool.rps_per_replica
         if model is not None and model > 0 and (not measured or model <= measured):
             return _Capacity(model, "the performance model", modelled=True)
         if measured:
-            return _Capacity(measured, "what the saturated engines do", modelled=model is not None)
+            return _Capacity(measured, "what the full engines do", modelled=model is not None)
         return None
 
 
@@ -462,6 +482,8 @@ def _shrink(
             f"{left} more of this load, seen without a gap.",
         )
     if peak >= current:
+        # The hold began under more load. It is over: the next one counts from here.
+        kept = {"low_since": to_time(now), "low_peak": max(wanted, floor)}
         return stay(
             Binding.HOLD_DOWN,
             f"{fewer} now, but {peak} were needed within the last {_seconds(now - since)}.",
@@ -551,14 +573,20 @@ def _need_by_rate(view: _View) -> Iterator[_Need]:
 
 def _need_by_occupancy(view: _View) -> Iterator[_Need]:
     running = view.load.running
-    batch = view.pool.max_num_seqs
+    batch, share = view.pool.max_num_seqs, view.manners.utilization
     if not isinstance(running, Value) or batch <= 0:
         return
-    share = view.manners.utilization
+    # The gauge is a moment: where the window's mean is known too, both must call.
+    mean = view.running_mean
+    busy = running.value if mean is None else min(running.value, mean)
+    replicas = _ceil(busy / (share * batch))
+    if not view.settled(view.load.window + view.manners.drain_seconds):
+        # Full batches are what a backlog leaves behind, and the replicas that will drain it are here or coming.
+        replicas = min(replicas, view.supply)
     yield _Need(
-        _ceil(running.value / (share * batch)),
+        replicas,
         Binding.QUEUE,
-        f"{_figure(running.value)} sequences run (seen {_seconds(running.age)} ago); a replica takes {batch},"
+        f"{_figure(busy)} sequences run (seen {_seconds(running.age)} ago); a replica takes {batch},"
         f" {share:.0%} of it planned.",
         "Fewer sequences in flight, or a larger maxNumSeqs.",
     )
@@ -670,6 +698,7 @@ def _shrink_blocker(view: _View, fewer: int, floor: int) -> tuple[Binding, str, 
         )
 
     running, waiting = number(load.running) or 0.0, number(load.waiting) or 0.0
+    running = max(running, view.running_mean or 0.0)
     room = _SHRINK * share * pool.max_num_seqs * fewer
     if pool.max_num_seqs and running + waiting > room:
         return (

@@ -1,0 +1,807 @@
+"""What scaling decides, one observation at a time."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from servingtiers.api.spec import PoolScaling, ServingTierSpec, Tier
+from servingtiers.api.status import PoolMemory
+from servingtiers.core.decisions import (
+    Binding,
+    Decision,
+    PoolFacts,
+    PoolRole,
+    Targets,
+    TierDecision,
+    TierObservation,
+)
+from servingtiers.core.signals import (
+    Coverage,
+    Distribution,
+    Histogram,
+    Load,
+    RouterLoad,
+    Signal,
+    TierLoad,
+    Unknown,
+    Value,
+    Zero,
+    number,
+)
+from servingtiers.core.times import from_time, to_time
+from servingtiers.policy.scaling import decide, hold_seconds
+
+NOW = 1_800_000_000.0
+GONE = Unknown("no answer")
+TTFT = (0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, math.inf)
+TPOT = (0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, math.inf)
+GOALS = Targets({("ttft", "p99"): 0.5, ("tpot", "p99"): 0.05})
+
+
+def latencies(bounds: tuple[float, ...], *values: float, each: int = 1) -> Histogram:
+    return Histogram(
+        bounds, tuple(float(each * sum(v <= b for v in values)) for b in bounds), each * sum(values)
+    )
+
+
+FAST_TTFT = latencies(TTFT, 0.2, each=500)
+FAST_TPOT = latencies(TPOT, 0.02, each=500)
+
+
+def signal(value: float | Signal) -> Signal:
+    if not isinstance(value, (int, float)):
+        return value
+    return Value(float(value)) if value else Zero()
+
+
+def load(
+    ready: int,
+    *,
+    running: float | Signal = 0,
+    waiting: float | Signal = 0,
+    rate: float | Signal = GONE,
+    ttft: Distribution = FAST_TTFT,
+    tpot: Distribution = FAST_TPOT,
+    answered: int | None = None,
+    **more: object,
+) -> Load:
+    coverage = Coverage(ready if answered is None else answered, ready)
+    return Load(
+        60.0,
+        coverage,
+        running=signal(running),
+        waiting=signal(waiting),
+        request_rate=signal(rate),
+        ttft=ttft,
+        tpot=tpot,
+        **more,
+    )
+
+
+def pool(replicas: int = 2, **changes: object) -> PoolFacts:
+    facts = PoolFacts(
+        name="pool",
+        role=PoolRole.AGGREGATED,
+        scaling=PoolScaling(min_replicas=1, max_replicas=10),
+        replicas=replicas,
+        ready=replicas,
+        max_num_seqs=10,
+        startup_seconds=120.0,
+    )
+    return replace(facts, **changes)
+
+
+def observe(
+    facts: PoolFacts | tuple[PoolFacts, ...],
+    seen: Load | dict[str, Load] | None,
+    *,
+    arrivals: float | Signal = GONE,
+    unserved: float | Signal = 0,
+    memory: PoolMemory | dict[str, PoolMemory] | None = None,
+    tier: Tier = Tier.BALANCED,
+    targets: Targets = GOALS,
+    mode: str = "Auto",
+    suspend: bool = False,
+    watching_since: float | None = None,
+) -> TierObservation:
+    pools = facts if isinstance(facts, tuple) else (facts,)
+    loads = seen if isinstance(seen, dict) else ({} if seen is None else {pools[0].name: seen})
+    router = RouterLoad(Coverage(2, 2), signal(arrivals), signal(unserved))
+    if memory is None:
+        memory = {}
+    return TierObservation(
+        key="llm/chat",
+        spec=ServingTierSpec.model_validate(
+            {"tier": tier, "model": {"name": "m"}, "scaling": {"mode": mode}, "suspend": suspend}
+        ),
+        targets=targets,
+        pools=pools,
+        load=TierLoad(loads, router),
+        memory=memory if isinstance(memory, dict) else {pools[0].name: memory},
+        watching_since=watching_since,
+    )
+
+
+def tier_decision(observation: TierObservation, now: float = NOW) -> TierDecision:
+    return decide((observation,), now)[0]
+
+
+def one(observation: TierObservation, now: float = NOW) -> Decision:
+    (decision,) = tier_decision(observation, now).decisions
+    assert decision.reason
+    assert decision.would_change
+    return decision
+
+
+def low_for(seconds: float, peak: int = 1, **more: object) -> PoolMemory:
+    return PoolMemory(low_since=to_time(NOW - seconds), low_peak=peak, **more)
+
+
+LONG = 10_000.0
+
+
+# --- up ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "facts", "seen", "arrivals", "desired", "binding"),
+    [
+        ("nothing to do", pool(2), load(2, running=7), GONE, 2, Binding.STEADY),
+        ("batches fuller than planned", pool(2), load(2, running=19), GONE, 3, Binding.QUEUE),
+        ("a queue above the limit", pool(2), load(2, running=10, waiting=17), GONE, 4, Binding.QUEUE),
+        ("a queue at the limit", pool(2), load(2, running=7, waiting=16), GONE, 2, Binding.STEADY),
+        ("arrivals above the modelled capacity", pool(2, rps_per_replica=1.0), load(2, running=10), 4.0, 5, Binding.FORECAST),
+        ("p99 TTFT above its target", pool(2), load(2, running=10, ttft=latencies(TTFT, 0.2, 0.9, each=50)), GONE, 3, Binding.TTFT),
+        ("p99 TPOT above its target", pool(4), load(4, running=10, tpot=latencies(TPOT, 0.02, 0.07, each=50)), GONE, 6, Binding.TPOT),
+        ("fewer than the minimum", pool(0, ready=0), None, GONE, 1, Binding.MIN_REPLICAS),
+    ],
+)  # fmt: skip
+def test_it_grows_for_what_calls(what, facts, seen, arrivals, desired, binding):
+    decision = one(observe(facts, seen, arrivals=arrivals))
+    assert (decision.desired, decision.binding) == (desired, binding), what
+
+
+def test_one_late_request_starts_no_engine():
+    """M24."""
+    seen = load(2, running=10, ttft=latencies(TTFT, *[0.2] * 20, 9.0))
+    decision = one(observe(pool(2), seen))
+    assert decision.desired == 2
+
+
+def test_partial_data_is_enough_to_grow():
+    """M9: one of four replicas answers, and it alone is overrun."""
+    seen = load(4, answered=1, running=Value(40.0, partial=True), waiting=Value(90.0, partial=True))
+    assert one(observe(pool(4), seen)).desired > 4
+
+
+def test_the_maximum_holds_and_says_so():
+    decision = one(observe(pool(10), load(10, running=100, waiting=900)))
+    assert (decision.desired, decision.binding) == (10, Binding.MAX_REPLICAS)
+    assert "maxReplicas" in decision.limited
+    assert "raise it" in decision.reason
+
+
+def test_replicas_on_their_way_are_not_ordered_twice():
+    seen = load(2, running=20, waiting=60)
+    first = one(observe(pool(2), seen))
+    assert first.desired > 2
+    more = load(2, running=20, waiting=600)
+    again = one(observe(pool(first.desired, ready=2, pending=first.desired - 2), more))
+    assert again.desired == first.desired
+
+
+def test_arrivals_that_keep_growing_are_answered_while_replicas_start():
+    facts = pool(5, ready=2, pending=3, rps_per_replica=1.0)
+    assert one(observe(facts, load(2, running=20, waiting=60), arrivals=6.0)).desired == 8
+
+
+def test_latencies_of_the_smaller_pool_call_for_nothing_more():
+    """The window still tells of the time before the newest replica was ready."""
+    bad = load(3, running=15, ttft=latencies(TTFT, 5.0, each=100))
+    assert one(observe(pool(3, settled_seconds=20.0), bad)).desired == 3
+    assert one(observe(pool(3, settled_seconds=400.0), bad)).desired > 3
+
+
+def test_pods_that_cannot_be_scheduled_are_no_supply_and_do_not_block():
+    """K1: two of four replicas wait for a node; what the two others need is decided as ever."""
+    facts = pool(4, ready=2, unschedulable=2, rps_per_replica=1.0)
+    calm = one(observe(facts, load(2, running=9), arrivals=1.6))
+    assert calm.desired == 4
+    assert calm.binding is Binding.HOLD_PENDING
+    assert one(observe(facts, load(2, running=20, waiting=40), arrivals=5.0)).desired == 7
+
+
+def test_saturated_engines_correct_a_model_that_promises_too_much():
+    times = {"e2e": latencies(TTFT, 5.0, each=100), "queue_time": latencies(TTFT, 1.0, each=100)}
+    seen = load(2, running=20, waiting=4, rate=5.0, **times)
+    decision = one(observe(pool(2, rps_per_replica=100.0), seen, arrivals=8.0))
+    assert decision.desired == 4  # 10 slots / 4 s = 2.5 requests/s each, 80 % of it planned
+    assert "what the full engines do" in decision.reason
+
+
+# --- infeasible -------------------------------------------------------------------------------------------------
+
+
+def test_a_lone_request_that_misses_is_not_chased():
+    seen = load(2, running=1, tpot=latencies(TPOT, 0.15, each=50))
+    decision = one(observe(pool(2, scaling=PoolScaling(min_replicas=2, max_replicas=9)), seen))
+    assert (decision.desired, decision.binding) == (2, Binding.INFEASIBLE)
+    assert "would not help" in decision.reason
+
+
+def test_an_impossible_objective_does_not_keep_replicas():
+    seen = load(4, running=1, tpot=latencies(TPOT, 0.15, each=50))
+    decision = one(observe(pool(4), seen, memory=low_for(LONG)))
+    assert (decision.desired, decision.binding) == (3, Binding.INFEASIBLE)
+
+
+# --- down -------------------------------------------------------------------------------------------------------
+
+
+def test_fewer_must_suffice_for_the_whole_hold():
+    observation = observe(pool(4), load(4, running=3))
+    first = tier_decision(observation)
+    assert first.decisions[0].desired == 4
+    assert first.decisions[0].binding is Binding.HOLD_DOWN
+    memory = first.memory
+    hold = 1.25 * 120
+    early = tier_decision(replace(observation, memory=memory), NOW + hold - 1)
+    assert early.decisions[0].desired == 4
+    ripe = tier_decision(replace(observation, memory=early.memory), NOW + hold)
+    assert ripe.decisions[0].desired == 3
+    assert ripe.memory["pool"].last_scale_down == to_time(NOW + hold)
+
+
+@pytest.mark.parametrize(
+    ("startup", "given", "seconds"),
+    [
+        (10.0, None, 60.0),
+        (120.0, None, 150.0),
+        (1000.0, None, 300.0),
+        (None, None, 300.0),
+        (120.0, "7m", 420.0),
+    ],
+)
+def test_the_hold_follows_the_start_up_unless_the_user_sets_it(startup, given, seconds):
+    facts = pool(startup_seconds=startup, scaling=PoolScaling(scale_down_hold=given))
+    assert hold_seconds(facts, PoolMemory())[0] == seconds
+
+
+def test_the_hold_knows_start_ups_from_memory():
+    assert hold_seconds(pool(startup_seconds=None), PoolMemory(startup_seconds=[100, 80, 400]))[0] == 125.0
+
+
+GAPS = {
+    "no pod answers": load(4, answered=0, running=GONE, waiting=GONE, ttft=GONE, tpot=GONE),
+    "one pod is missing": load(4, answered=3, running=Value(3.0, partial=True), waiting=Zero()),
+    "running is unknown": load(4, running=GONE),
+    "waiting is unknown": load(4, waiting=GONE),
+    "TTFT is unknown": load(4, running=3, ttft=GONE),
+    "TPOT is unknown": load(4, running=3, tpot=GONE),
+    "no series at all": None,
+}
+
+
+@pytest.mark.parametrize("gap", GAPS.values(), ids=GAPS.keys())
+def test_what_is_not_known_shrinks_nothing_and_restarts_the_hold(gap):
+    """M1–M14, M16–M22, M25–M29: whatever the fault, telemetry reports it as Unknown or partial."""
+    decided = tier_decision(observe(pool(4), gap, memory=low_for(LONG)))
+    assert decided.decisions[0].desired == 4
+    assert decided.decisions[0].binding is Binding.HOLD_UNKNOWN
+    assert decided.memory["pool"].low_since is None
+
+
+def test_no_traffic_is_no_gap():
+    """M23: proved zeros shrink the pool, or idle tiers never would."""
+    idle = load(4, running=0, waiting=0, rate=0, ttft=Zero(), tpot=Zero())
+    assert one(observe(pool(4), idle, arrivals=0, memory=low_for(LONG))).desired == 3
+
+
+def test_a_restart_of_the_operator_restarts_the_hold():
+    """R-S7: what nobody watched was not low."""
+    seen = load(4, running=3)
+    decided = tier_decision(observe(pool(4), seen, memory=low_for(LONG), watching_since=NOW - 30))
+    assert decided.decisions[0].desired == 4
+    assert from_time(decided.memory["pool"].low_since) == NOW - 30
+
+
+@pytest.mark.parametrize(
+    ("why", "facts", "seen"),
+    [
+        ("S13: a rollout is under way", pool(4, rolling=True), load(4, running=3)),
+        ("replicas are starting", pool(4, ready=3, pending=1), load(3, running=3)),
+        ("replicas cannot be scheduled", pool(4, ready=3, unschedulable=1), load(3, running=3)),
+    ],
+)
+def test_what_is_under_way_comes_first(why, facts, seen):
+    decided = tier_decision(observe(facts, seen, memory=low_for(LONG)))
+    assert decided.decisions[0].desired == 4, why
+    assert decided.decisions[0].binding is Binding.HOLD_PENDING
+    assert decided.memory["pool"].low_since is None
+
+
+def test_a_drain_delays_the_next_scale_down_and_keeps_the_hold():
+    decided = tier_decision(observe(pool(4, terminating=1), load(4, running=3), memory=low_for(LONG)))
+    assert decided.decisions[0].desired == 4
+    assert decided.memory["pool"].low_since == to_time(NOW - LONG)
+
+
+@pytest.mark.parametrize(
+    ("why", "seen", "arrivals", "rps"),
+    [
+        ("in flight", load(4, running=22), GONE, None),
+        ("waiting", load(4, running=3, waiting=13), GONE, None),
+        ("arrivals", load(4, running=3), 2.2, 1.0),
+        (
+            "TTFT at 90 % of its target",
+            load(4, running=9, ttft=latencies(TTFT, 0.2, 0.45, each=400)),
+            GONE,
+            None,
+        ),
+        ("TPOT at 90 % of its target", load(4, running=9, tpot=latencies(TPOT, 0.045, each=400)), GONE, None),
+    ],
+)
+def test_one_replica_fewer_must_carry_the_load(why, seen, arrivals, rps):
+    decided = tier_decision(
+        observe(pool(4, rps_per_replica=rps), seen, arrivals=arrivals, memory=low_for(LONG))
+    )
+    assert decided.decisions[0].desired == 4, why
+    assert decided.memory["pool"].low_since is None
+
+
+def test_at_most_one_or_a_tenth_leaves_a_minute():
+    scaling = PoolScaling(min_replicas=1, max_replicas=100)
+    seen = load(40, running=3)
+    assert one(observe(pool(40, scaling=scaling), seen, memory=low_for(LONG))).desired == 36
+    recent = low_for(LONG, last_scale_down=to_time(NOW - 59))
+    assert one(observe(pool(40, scaling=scaling), seen, memory=recent)).desired == 40
+    over = low_for(LONG, last_scale_down=to_time(NOW - 60))
+    assert one(observe(pool(40, scaling=scaling), seen, memory=over)).desired == 36
+
+
+def test_it_keeps_what_the_hold_needed_at_its_peak():
+    decided = tier_decision(observe(pool(4), load(4, running=3), memory=low_for(LONG, peak=4)))
+    assert decided.decisions[0].desired == 4
+    assert decided.memory["pool"].low_peak == 1, "the next hold begins with the need of now"
+    assert decided.memory["pool"].low_since == to_time(NOW)
+
+
+def test_load_that_came_back_at_once_makes_it_patient():
+    """S10, R-S8."""
+    memory = low_for(LONG, last_scale_down=to_time(NOW - 1500), last_scale_up=to_time(NOW - 1000))
+    seen = load(4, running=3)
+    decision = one(observe(pool(4), seen, memory=memory))
+    assert decision.desired == 4
+    assert "came back" in decision.reason
+    quick = pool(4, scaling=PoolScaling(min_replicas=1, max_replicas=9, scale_down_hold="30s"))
+    assert one(observe(quick, seen, memory=memory)).desired == 3
+
+
+def test_a_clock_that_was_set_back_does_not_stop_it():
+    """P7: times of memory in the future."""
+    memory = PoolMemory(low_since=to_time(NOW + 3600), last_scale_down=to_time(NOW + 3600))
+    decided = tier_decision(observe(pool(4), load(4, running=3), memory=memory))
+    assert decided.memory["pool"].low_since == to_time(NOW)
+    later = decide((observe(pool(4), load(4, running=3), memory=decided.memory),), NOW + 200)[0]
+    assert later.decisions[0].desired == 3
+
+
+# --- bounds -----------------------------------------------------------------------------------------------------
+
+
+def test_a_raised_minimum_holds_at_once_even_without_data():
+    """S8."""
+    facts = pool(2, scaling=PoolScaling(min_replicas=6, max_replicas=9))
+    assert one(observe(facts, None)).desired == 6
+
+
+def test_a_lowered_maximum_is_reached_by_patience_even_without_data():
+    """S8: the user's order needs no evidence."""
+    facts = pool(6, scaling=PoolScaling(min_replicas=1, max_replicas=3))
+    decided = tier_decision(observe(facts, None))
+    assert decided.decisions[0].desired == 5
+    assert decided.decisions[0].binding is Binding.MAX_REPLICAS
+    again = decide((observe(replace(facts, replicas=5, ready=5), None, memory=decided.memory),), NOW + 30)[0]
+    assert again.decisions[0].desired == 5
+
+
+def test_replicas_set_by_hand_are_taken_back_by_the_slow_rules():
+    """S3, R-S12."""
+    facts = pool(9, scaling=PoolScaling(min_replicas=1, max_replicas=10))
+    decided = tier_decision(observe(facts, load(9, running=3)))
+    assert decided.decisions[0].desired == 9
+    assert one(observe(facts, load(9, running=3), memory=low_for(LONG))).desired == 8
+
+
+@pytest.mark.parametrize(("mode", "suspend"), [("Recommend", False), ("External", False), ("Auto", True)])
+def test_what_is_not_carried_out_is_not_remembered_as_done_and_not_paced(mode, suspend):
+    low = observe(pool(9), load(9, running=3), memory=low_for(LONG), mode=mode, suspend=suspend)
+    down = tier_decision(low)
+    assert down.decisions[0].desired == 1
+    assert down.memory["pool"].last_scale_down is None
+    assert tier_decision(replace(low, memory=down.memory), NOW + 15).decisions[0].desired == 1
+    up = tier_decision(observe(pool(2), load(2, running=19), mode=mode, suspend=suspend))
+    assert up.decisions[0].desired == 3
+    assert up.memory["pool"].last_scale_up is None
+
+
+# --- to zero and back -------------------------------------------------------------------------------------------
+
+SLEEPY = PoolScaling(min_replicas=0, max_replicas=5, idle_after="10m")
+SILENT = load(1, running=0, waiting=0, rate=0, ttft=Zero(), tpot=Zero())
+
+
+def test_a_proved_idle_tier_goes_to_zero_after_its_time():
+    observation = observe(pool(1, scaling=SLEEPY), SILENT, arrivals=0)
+    first = tier_decision(observation)
+    assert first.decisions[0].desired == 1
+    assert first.memory["pool"].idle_since == to_time(NOW)
+    observation = replace(observation, memory=first.memory)
+    assert tier_decision(observation, NOW + 599).decisions[0].desired == 1
+    asleep = tier_decision(observation, NOW + 600).decisions[0]
+    assert (asleep.desired, asleep.binding) == (0, Binding.IDLE)
+
+
+@pytest.mark.parametrize(
+    ("why", "seen", "arrivals", "unserved"),
+    [
+        ("routers are silent", SILENT, GONE, GONE),
+        ("a request arrived", SILENT, 0.1, 0),
+        ("a request found no engine", SILENT, 0, 1),
+        ("engines are silent", load(1, answered=0, running=GONE, waiting=GONE), 0, 0),
+        ("a request runs", load(1, running=1), 0, 0),
+    ],
+)
+def test_only_a_proof_lets_a_tier_sleep(why, seen, arrivals, unserved):
+    memory = PoolMemory(idle_since=to_time(NOW - LONG))
+    decided = tier_decision(
+        observe(pool(1, scaling=SLEEPY), seen, arrivals=arrivals, unserved=unserved, memory=memory)
+    )
+    assert decided.decisions[0].desired == 1, why
+    assert decided.memory["pool"].idle_since is None
+
+
+def test_a_tier_with_a_minimum_never_sleeps():
+    memory = PoolMemory(idle_since=to_time(NOW - LONG))
+    assert one(observe(pool(1), SILENT, arrivals=0, memory=memory)).desired == 1
+
+
+def test_a_restarted_operator_watches_idleness_anew():
+    memory = PoolMemory(idle_since=to_time(NOW - LONG))
+    facts = pool(1, scaling=SLEEPY)
+    assert one(observe(facts, SILENT, arrivals=0, memory=memory, watching_since=NOW - 60)).desired == 1
+
+
+def test_a_request_without_an_engine_wakes_the_tier():
+    """M28: at zero there is no engine series at all; the routers see the call."""
+    decision = one(observe(pool(0, scaling=SLEEPY), None, arrivals=0, unserved=5))
+    assert (decision.desired, decision.binding) == (1, Binding.WAKE)
+
+
+def test_silence_at_zero_keeps_it_at_zero_and_says_what_is_missing():
+    asleep = one(observe(pool(0, scaling=SLEEPY), None, arrivals=0, unserved=0))
+    assert (asleep.desired, asleep.binding) == (0, Binding.IDLE)
+    blind = one(observe(pool(0, scaling=SLEEPY), None, arrivals=GONE, unserved=GONE))
+    assert (blind.desired, blind.binding) == (0, Binding.HOLD_UNKNOWN)
+    assert "minReplicas" in blind.would_change
+
+
+def test_a_waking_tier_does_not_fall_asleep_before_it_has_served():
+    memory = PoolMemory(idle_since=to_time(NOW - LONG))
+    facts = pool(1, ready=0, pending=1, scaling=SLEEPY)
+    decided = tier_decision(observe(facts, load(0), arrivals=0, memory=memory))
+    assert decided.decisions[0].desired == 1
+    assert decided.memory["pool"].idle_since is None
+
+
+# --- prefill and decode -----------------------------------------------------------------------------------------
+
+
+def phases(
+    prefill: int, decode: int, scaling: PoolScaling | None = None, **changes: object
+) -> tuple[PoolFacts, ...]:
+    scaling = scaling or PoolScaling(min_replicas=1, max_replicas=10)
+    return (
+        pool(prefill, name="prefill", role=PoolRole.PREFILL, scaling=scaling, **changes),
+        pool(decode, name="decode", role=PoolRole.DECODE, scaling=scaling, **changes),
+    )
+
+
+def both(prefill: Load, decode: Load) -> dict[str, Load]:
+    return {"prefill": prefill, "decode": decode}
+
+
+def by_pool(observation: TierObservation, now: float = NOW) -> dict[str, Decision]:
+    return {decision.pool: decision for decision in tier_decision(observation, now).decisions}
+
+
+SLOW_TTFT = latencies(TTFT, 0.9, each=100)
+SLOW_TPOT = latencies(TPOT, 0.09, each=100)
+QUICK_FIRST = latencies(TTFT, 0.05, each=500)
+
+
+def test_ttft_grows_prefill_and_tpot_grows_decode():
+    slow_prompts = observe(
+        phases(2, 2), both(load(2, running=9, ttft=SLOW_TTFT), load(2, running=9, ttft=QUICK_FIRST))
+    )
+    decided = by_pool(slow_prompts)
+    assert decided["prefill"].desired > 2
+    assert decided["prefill"].binding is Binding.TTFT
+    assert decided["decode"].desired == 2
+    slow_tokens = observe(
+        phases(2, 2), both(load(2, running=9), load(2, running=9, ttft=QUICK_FIRST, tpot=SLOW_TPOT))
+    )
+    decided = by_pool(slow_tokens)
+    assert decided["prefill"].desired == 2
+    assert decided["decode"].desired > 2
+    assert decided["decode"].binding is Binding.TPOT
+
+
+def test_the_other_engines_part_is_taken_off_the_objective():
+    """Each part is well inside 500 ms; both together are not."""
+    part = latencies(TTFT, 0.24, 0.45, each=100)
+    alone = observe(phases(2, 2), both(load(2, running=9, ttft=part), load(2, running=9, ttft=QUICK_FIRST)))
+    assert by_pool(alone)["prefill"].desired > 2
+
+
+def test_unknown_in_one_phase_holds_what_depends_on_it():
+    """V4, M9: prefill's share of TTFT cannot be told without decode's."""
+    memory = {"prefill": low_for(LONG), "decode": low_for(LONG)}
+    blind = load(4, answered=0, running=GONE, waiting=GONE, ttft=GONE, tpot=GONE)
+    decided = by_pool(observe(phases(4, 4), both(load(4, running=3), blind), memory=memory))
+    assert decided["prefill"].desired == 4
+    assert decided["decode"].desired == 4
+
+
+def test_decode_comes_first_up_and_prefill_first_down():
+    busy = both(load(2, running=20, waiting=60), load(2, running=20, waiting=60))
+    up = tier_decision(observe(phases(2, 2), busy))
+    assert [decision.pool for decision in up.decisions] == ["decode", "prefill"]
+    quiet = both(load(4, running=3, ttft=QUICK_FIRST), load(4, running=3, ttft=QUICK_FIRST))
+    memory = {"prefill": low_for(LONG), "decode": low_for(LONG)}
+    down = tier_decision(observe(phases(4, 4), quiet, memory=memory))
+    assert [(decision.pool, decision.desired) for decision in down.decisions] == [
+        ("prefill", 3),
+        ("decode", 3),
+    ]
+
+
+def test_both_phases_sleep_and_wake_together():
+    """R-S13."""
+    memory = {name: PoolMemory(idle_since=to_time(NOW - LONG)) for name in ("prefill", "decode")}
+    silent = both(SILENT, SILENT)
+    decided = by_pool(observe(phases(1, 1, SLEEPY), silent, arrivals=0, memory=memory))
+    assert [decision.desired for decision in decided.values()] == [0, 0]
+    one_runs = both(SILENT, load(1, running=1))
+    decided = by_pool(observe(phases(1, 1, SLEEPY), one_runs, arrivals=0, memory=memory))
+    assert [decision.desired for decision in decided.values()] == [1, 1]
+    woken = by_pool(observe(phases(0, 0, SLEEPY), {}, arrivals=0, unserved=3))
+    assert [decision.desired for decision in woken.values()] == [1, 1]
+
+
+def test_a_phase_that_was_lost_comes_back():
+    """V4: somebody scaled prefill to zero while decode serves."""
+    prefill, decode = phases(1, 1, SLEEPY)
+    decided = by_pool(
+        observe((replace(prefill, replicas=0, ready=0), decode), {"decode": load(1, running=1)})
+    )
+    assert decided["prefill"].desired == 1
+
+
+# --- invariants -------------------------------------------------------------------------------------------------
+
+signals = st.one_of(
+    st.just(GONE),
+    st.just(Zero()),
+    st.builds(Value, st.floats(0.01, 500), st.floats(0, 60), st.booleans()),
+)
+
+
+@st.composite
+def histograms(draw, bounds: tuple[float, ...] = TTFT):
+    if draw(st.booleans()):
+        return draw(st.sampled_from([GONE, Zero()]))
+    steps = draw(st.lists(st.integers(0, 200), min_size=len(bounds), max_size=len(bounds)))
+    counts, total = [], 0
+    for step in steps:
+        total += step
+        counts.append(float(total))
+    return Histogram(bounds, tuple(counts), float(sum(steps)))
+
+
+@st.composite
+def scalings(draw):
+    least = draw(st.integers(0, 6))
+    return PoolScaling(
+        min_replicas=least,
+        max_replicas=draw(st.integers(max(least, 1), 20)),
+        max_waiting_per_replica=draw(st.one_of(st.none(), st.integers(1, 50))),
+        idle_after=draw(st.sampled_from([None, "1m"])) if least == 0 else None,
+    )
+
+
+@st.composite
+def facts_and_loads(draw, role: PoolRole = PoolRole.AGGREGATED, scaling: PoolScaling | None = None):
+    replicas = draw(st.integers(0, 20))
+    ready = draw(st.integers(0, replicas))
+    facts = PoolFacts(
+        name=role.value,
+        role=role,
+        scaling=scaling or draw(scalings()),
+        replicas=replicas,
+        ready=ready,
+        unschedulable=draw(st.integers(0, replicas - ready)),
+        terminating=draw(st.integers(0, 2)),
+        rolling=draw(st.booleans()),
+        max_num_seqs=draw(st.sampled_from([1, 8, 64])),
+        startup_seconds=draw(st.sampled_from([None, 30.0, 600.0])),
+        settled_seconds=draw(st.sampled_from([None, 10.0, 1000.0])),
+        rps_per_replica=draw(st.sampled_from([None, 0.5, 5.0])),
+    )
+    seen = Load(
+        60.0,
+        Coverage(draw(st.integers(0, ready)), ready),
+        running=draw(signals),
+        waiting=draw(signals),
+        request_rate=draw(signals),
+        ttft=draw(histograms()),
+        tpot=draw(histograms(TPOT)),
+        e2e=draw(histograms()),
+        queue_time=draw(histograms()),
+    )
+    return facts, seen
+
+
+@st.composite
+def memories(draw):
+    def moment():
+        return draw(st.one_of(st.none(), st.floats(0, 8000).map(lambda ago: to_time(NOW - ago))))
+
+    return PoolMemory(
+        low_since=moment(),
+        low_peak=draw(st.one_of(st.none(), st.integers(0, 20))),
+        last_scale_up=moment(),
+        last_scale_down=moment(),
+        idle_since=moment(),
+    )
+
+
+@st.composite
+def observations(draw, disaggregated: bool | None = None):
+    split = draw(st.booleans()) if disaggregated is None else disaggregated
+    roles = (PoolRole.PREFILL, PoolRole.DECODE) if split else (PoolRole.AGGREGATED,)
+    scaling = draw(scalings()) if split else None
+    parts = [draw(facts_and_loads(role, scaling)) for role in roles]
+    return TierObservation(
+        key="llm/chat",
+        spec=ServingTierSpec.model_validate(
+            {"tier": draw(st.sampled_from(list(Tier))), "model": {"name": "m"}}
+        ),
+        targets=draw(
+            st.sampled_from([GOALS, Targets({}), Targets({("e2e", "p90"): 5.0, ("itl", "p50"): 0.05})])
+        ),
+        pools=tuple(facts for facts, _ in parts),
+        load=TierLoad(
+            {facts.name: seen for facts, seen in parts},
+            RouterLoad(Coverage(2, draw(st.integers(1, 2))), draw(signals), draw(signals)),
+        ),
+        memory={facts.name: draw(memories()) for facts, _ in parts},
+        watching_since=draw(st.sampled_from([None, NOW - 5000, NOW - 10])),
+    )
+
+
+many = settings(max_examples=300, deadline=None)
+
+
+@many
+@given(observations())
+def test_bounds_hold(observation):
+    """I2: within bounds, or on the way down to a maximum that was lowered."""
+    facts = {each.name: each for each in observation.pools}
+    for decision in tier_decision(observation).decisions:
+        scaling = facts[decision.pool].scaling
+        assert decision.desired >= scaling.min_replicas
+        assert decision.desired <= max(scaling.max_replicas, decision.current)
+        if decision.current > scaling.max_replicas:
+            assert decision.desired <= decision.current
+
+
+@many
+@given(observations())
+def test_the_same_inputs_give_the_same_decision(observation):
+    assert tier_decision(observation) == tier_decision(observation)
+
+
+@many
+@given(observations())
+def test_nothing_unknown_ever_shrinks(observation):
+    """I1: whatever is missing, and whatever memory says."""
+    for decision in tier_decision(observation).decisions:
+        facts = next(each for each in observation.pools if each.name == decision.pool)
+        if decision.desired >= decision.current or decision.current > facts.scaling.max_replicas:
+            continue
+        for pool_facts in observation.pools if decision.desired == 0 else (facts,):
+            seen = observation.load.pools[pool_facts.name]
+            assert seen.coverage.complete
+            assert number(seen.running) is not None
+            assert number(seen.waiting) is not None
+        if decision.desired == 0:
+            assert isinstance(observation.load.router.arrival_rate, Zero)
+        else:
+            assert not facts.rolling
+            assert facts.ready == facts.replicas
+
+
+@many
+@given(observations(disaggregated=True))
+def test_prefill_and_decode_serve_or_sleep_together(observation):
+    """I8."""
+    desired = [decision.desired for decision in tier_decision(observation).decisions]
+    assert all(each >= 1 for each in desired) or all(each == 0 for each in desired)
+
+
+def heavier(observation: TierObservation, factor: float) -> TierObservation:
+    """Return the same moment with ``factor`` times the load, in everything that load shows in."""
+
+    def more(each: Signal) -> Signal:
+        return Value(each.value * factor, each.age, each.partial) if isinstance(each, Value) else each
+
+    def slower(each: Distribution) -> Distribution:
+        if not isinstance(each, Histogram):
+            return each
+        # A share of the requests moves up by a bucket.
+        moved = (0.0, *each.counts[:-1])
+        share = 1.0 - 1.0 / factor
+        counts = [
+            own * (1.0 - share) + low * share for own, low in zip(each.counts[:-1], moved, strict=False)
+        ]
+        return Histogram(each.bounds, (*(c * factor for c in counts), each.total * factor), each.sum * factor)
+
+    pools = {
+        name: replace(
+            seen,
+            running=more(seen.running),
+            waiting=more(seen.waiting),
+            ttft=slower(seen.ttft),
+            tpot=slower(seen.tpot),
+            itl=slower(seen.itl),
+        )
+        for name, seen in observation.load.pools.items()
+    }
+    router = observation.load.router
+    return replace(
+        observation,
+        load=TierLoad(
+            pools, replace(router, arrival_rate=more(router.arrival_rate), unserved=more(router.unserved))
+        ),
+    )
+
+
+@many
+@given(observations(), st.floats(1.0, 8.0))
+def test_more_load_never_means_fewer_replicas(observation, factor):
+    less = {each.pool: each.desired for each in tier_decision(observation).decisions}
+    more = {each.pool: each.desired for each in tier_decision(heavier(observation, factor)).decisions}
+    assert all(more[name] >= less[name] for name in less), (less, more)
+
+
+@many
+@given(
+    st.integers(1, 10),
+    st.floats(0.1, 200),
+    st.floats(0.2, 20),
+    st.sampled_from([Tier.LATENCY, Tier.BALANCED, Tier.THROUGHPUT]),
+)
+def test_a_steady_load_is_answered_once(replicas, running, rps, tier):
+    """Deciding is a fixpoint: what was decided for a load is enough for it, and not too much."""
+    arrivals = running / 4.0
+    facts = pool(replicas, rps_per_replica=rps, scaling=PoolScaling(min_replicas=1, max_replicas=1000))
+    first = one(observe(facts, load(replicas, running=running), arrivals=arrivals, tier=tier))
+    reached = replace(facts, replicas=first.desired, ready=first.desired)
+    again = one(
+        observe(reached, load(first.desired, running=running), arrivals=arrivals, tier=tier), NOW + 60
+    )
+    assert again.desired == first.desired
