@@ -482,8 +482,8 @@ class ControlPlane:
                     raise
             else:
                 return
-            child = self._running["kube-controller-manager"]
-            if not child.running:
+            child = self._running.get("kube-controller-manager")  # another process's, where we are attached
+            if child is not None and not child.running:
                 raise ControlPlaneError(f"{child.name} ended: {child.tail()}")
             time.sleep(0.05)
 
