@@ -149,3 +149,39 @@ def test_a_page_is_read_several_times_as_fast_as_by_the_reference_parser(capsys)
     with capsys.disabled():
         print(f"\n{len(text) // 1024} KiB page: {ours:.2f} ms, prometheus_client {reference:.2f} ms")
     assert ours * 4 < reference
+
+
+# What each release's page lacks or names otherwise, from the names in its wheel.
+NEWER_THAN_0_9 = ("request_time_per_output_token_seconds", "admission_rejections", "estimated_")
+RELEASES = {
+    "0.9.2": (
+        {
+            "kv_cache_usage_perc": "gpu_cache_usage_perc",
+            "prefix_cache_": "gpu_prefix_cache_",
+            "inter_token_latency_seconds": "time_per_output_token_seconds",
+        },
+        NEWER_THAN_0_9,
+    ),
+    "0.10.2": (
+        {"kv_cache_usage_perc": "gpu_cache_usage_perc", "prefix_cache_": "gpu_prefix_cache_"},
+        NEWER_THAN_0_9,
+    ),
+    "0.12.0": ({}, ("admission_rejections", "estimated_")),
+    "0.18.0": ({}, ("admission_rejections",)),
+    "0.33.0": ({}, ()),
+}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_m20_the_pages_of_old_and_new_releases_say_the_same_of_what_they_have(release):
+    renamed, lacking = RELEASES[release]
+    lines = [line for line in PAGE.split("\n") if not any(f"vllm:{name}" in line for name in lacking)]
+    text = "\n".join(lines)
+    for new, old in renamed.items():
+        text = text.replace(f"vllm:{new}", f"vllm:{old}")
+    now, then = parse_engine(PAGE, 0.0), parse_engine(text, 0.0)
+    gone = {m.key for m in ENGINE_METRICS if any(m.names[0].startswith(f"vllm:{name}") for name in lacking)}
+
+    assert then.scalars == {k: v for k, v in now.scalars.items() if k not in gone}
+    assert then.histograms == {k: v for k, v in now.histograms.items() if k not in gone}
+    assert all(m.since != "0.9" for m in ENGINE_METRICS if m.key in gone)

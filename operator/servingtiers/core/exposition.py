@@ -93,6 +93,8 @@ def parse_engine(text: str, time: float) -> Scan:
     oldest = time
     start_time: float | None = None
     for line in text.split("\n"):
+        if line.startswith("#"):
+            continue
         brace = line.find("{")
         name = line[:brace] if brace > 0 else line.partition(" ")[0]
         if name not in _WANTED:
