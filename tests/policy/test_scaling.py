@@ -1,3 +1,4 @@
+# ruff: noqa: D103  # the names of the tests are the sentences
 """What scaling decides, one observation at a time."""
 
 import math
@@ -149,7 +150,7 @@ LONG = 10_000.0
 @pytest.mark.parametrize(
     ("what", "facts", "seen", "arrivals", "desired", "binding"),
     [
-        ("nothing to do", pool(2), load(2, running=7), GONE, 2, Binding.STEADY),
+        ("nothing to do", pool(2), load(2, running=8), GONE, 2, Binding.STEADY),
         ("batches fuller than planned", pool(2), load(2, running=19), GONE, 3, Binding.QUEUE),
         ("a queue above the limit", pool(2), load(2, running=10, waiting=17), GONE, 4, Binding.QUEUE),
         ("a queue at the limit", pool(2), load(2, running=7, waiting=16), GONE, 2, Binding.STEADY),

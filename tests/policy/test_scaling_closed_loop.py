@@ -1,3 +1,4 @@
+# ruff: noqa: D103  # the names of the tests are the sentences
 """The controller drives a small fleet: one queue, engines with slots, a start-up that takes minutes."""
 
 import heapq
@@ -146,8 +147,7 @@ class Fleet:
             decision = decided.decisions[0]
             if decision.desired != decision.current:
                 self.decisions.append((now, decision))
-            for _ in range(decision.desired - self.replicas):
-                booting.append(now + self.startup)
+            booting.extend(now + self.startup for _ in range(decision.desired - self.replicas))
             for _ in range(self.replicas - decision.desired):
                 ready_since.remove(max(ready_since))  # the youngest goes; a drain keeps its requests
             self.replicas = decision.desired
