@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -177,7 +177,8 @@ def _fit(rows: _Rows) -> RooflineConstants:
 
     def constants(theta: Array) -> RooflineConstants:
         values = np.exp(low + (high - low) / (1.0 + np.exp(-theta)))
-        return RooflineConstants(**{name: float(v) for (name, _, _), v in zip(_BOUNDS, values, strict=True)})
+        named = {name: float(v) for (name, _, _), v in zip(_BOUNDS, values, strict=True)}
+        return replace(DEFAULT_CONSTANTS, **named)
 
     def residual(theta: Array) -> Array:
         result: Array = np.log(_predict(rows, constants(theta)) / rows.ms)
@@ -279,9 +280,12 @@ def fit_all(only: Callable[[str, str], bool] = lambda _gpu, _weights: True) -> l
 
 def render(reports: Iterable[FitReport]) -> str:
     """Return the reports as a table for a person."""
+    title = (
+        "Calibrated roofline against the shipped tables, models left out in turn: "
+        "median (90th percentile) absolute error, per cent"
+    )
     lines = [
-        "Calibrated roofline against the shipped tables, models left out in turn: median (90th percentile) "
-        "absolute error, per cent",
+        title,
         f"{'accelerator':16s} {'weights':7s} {'rows':>5s} {'decode':>13s} {'prefill':>13s} {'mixed':>13s}   default d/p/m",
     ]
     for report in reports:

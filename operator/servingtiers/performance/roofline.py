@@ -212,7 +212,7 @@ class Roofline:
         """Milliseconds of prompt attention for one new token reading one token."""
         model = self.model
         rate = self.tensor_parallel * self.constants.mfu_attention * self.accelerator.flops("bf16")
-        width = model.head_dim
+        width = float(model.head_dim)
         if model.mla is not None:  # scores over nope + rope dimensions, values over v_head_dim
             width = (model.mla.qk_nope_head_dim + model.mla.qk_rope_head_dim + model.mla.v_head_dim) / 2
         return 1e3 * 4.0 * model.layers * model.heads * width / rate

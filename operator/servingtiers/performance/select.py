@@ -185,14 +185,14 @@ def _base(
         table = find_table(model, accelerator.key, weights, kv_dtype, tensor_parallel)
         if table is not None:
             return _from_table(table, target)
-        like = nearest_table(model, accelerator, weights, kv_dtype, tensor_parallel)
+        like = nearest_table(model, accelerator, weights, tensor_parallel)
         if like is not None:
             return _corrected(like, target, capacity)
     return GridStepModel(source=source, kv_capacity_tokens=capacity, grid=target.grid(), hull=None)
 
 
 def nearest_table(
-    shape: ModelShape, accelerator: Accelerator, weights: str, kv_dtype: str, tensor_parallel: int
+    shape: ModelShape, accelerator: Accelerator, weights: str, tensor_parallel: int
 ) -> StepTable | None:
     """Return the shipped table that resembles a configuration most, or None when none is near enough.
 

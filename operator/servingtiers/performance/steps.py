@@ -199,7 +199,7 @@ class StepGrid:
             return decode
         mixed = self.token_step_ms(prompt_tokens + self.query_tokens * decoding) + self.pair_ms * pairs
         mixed += decode - self.decode_step_ms(decoding, 0.0)
-        return mixed if mixed > decode else decode
+        return max(mixed, decode)
 
 
 @dataclass(frozen=True, slots=True)

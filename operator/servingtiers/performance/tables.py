@@ -134,8 +134,8 @@ def load_table(key: TableKey) -> StepTable:
     """
     engine, capacity = "", 0
     rows: list[StepRow] = []
-    for engine, capacity_text, kind, batch_text, size_text, ms in csv.reader(_blocks()[key].split("\n")):
-        capacity = int(capacity_text)
+    for version, capacity_text, kind, batch_text, size_text, ms in csv.reader(_blocks()[key].split("\n")):
+        engine, capacity = version, int(capacity_text)
         batch, size, value = int(batch_text), int(size_text), float(ms)
         if kind == "decode":
             rows.append(StepRow("decode", batch, size, 0, value))
