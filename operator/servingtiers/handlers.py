@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 
 _STALLED_LOOP = 10.0
 _STUCK_KEY = 300.0
+_KOPF_EXIT = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +109,37 @@ async def run(options: Options, *, stop: asyncio.Event | None = None) -> None:
             resync_seconds=options.resync_seconds,
         )
         try:
-            async with _serving(options, controller), _leading(options, cluster, controller) as lost:
-                await _until_first(stop.wait(), lost, controller.run(), _watch(options, controller, stop))
+            async with _serving(options, controller):
+                if options.lease is None:
+                    await _until_first(stop.wait(), controller.run(), _watch(options, controller, stop))
+                else:
+                    await _lead(options, options.lease, cluster, controller, stop)
         finally:
             await loads.close()
+
+
+async def _lead(
+    options: Options, times: LeaseTimes, cluster: Cluster, controller: Controller, stop: asyncio.Event
+) -> None:
+    """Wait for the Lease, work while it is held, give it up."""
+    leadership = Leadership(
+        cluster.api,
+        name="servingtiers-operator",
+        namespace=options.namespace,
+        identity=options.identity,
+        times=times,
+    )
+    controller.leading = lambda: leadership.leading
+    cluster.guard = leadership.check
+    await _until_first(stop.wait(), leadership.acquire())
+    if stop.is_set():
+        return
+    try:
+        await _until_first(
+            stop.wait(), leadership.hold(), controller.run(), _watch(options, controller, stop)
+        )
+    finally:
+        await leadership.release()
 
 
 def _with_namespaces(options: Options) -> OperatorConfig:
@@ -121,30 +149,8 @@ def _with_namespaces(options: Options) -> OperatorConfig:
     return config.model_copy(update={"namespaces": [options.namespace]})
 
 
-@contextlib.asynccontextmanager
-async def _leading(options: Options, cluster: Cluster, controller: Controller) -> AsyncIterator[Any]:
-    """Hold the Lease for the body; yields what ends when the Lease is lost."""
-    if options.lease is None:
-        yield asyncio.Event().wait()
-        return
-    leadership = Leadership(
-        cluster.api,
-        name="servingtiers-operator",
-        namespace=options.namespace,
-        identity=options.identity,
-        times=options.lease,
-    )
-    controller.leading = lambda: leadership.leading
-    await leadership.acquire()
-    cluster.guard = leadership.check
-    try:
-        yield leadership.hold()
-    finally:
-        await leadership.release()
-
-
 async def _until_first(*waits: Any) -> None:
-    """Run all until the first ends, then cancel the others; its exception, if any, is raised."""
+    """Run all until the first ends, then end the others; its exception, if any, is raised."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -188,14 +194,25 @@ async def _watch(options: Options, controller: Controller, stop: asyncio.Event) 
                 f"{names.MANAGED_BY_LABEL}={names.MANAGED_BY}"
             )
 
-    await kopf.operator(
-        registry=registry,
-        settings=settings,
-        standalone=True,
-        clusterwide=not config.namespaces,
-        namespaces=config.namespaces,
-        stop_flag=stop,
+    # Kopf closes its connections in order when its flag is raised, and leaks them when it is cancelled.
+    flag = asyncio.Event()
+    watching = asyncio.ensure_future(
+        kopf.operator(
+            registry=registry,
+            settings=settings,
+            standalone=True,
+            clusterwide=not config.namespaces,
+            namespaces=config.namespaces,
+            stop_flag=flag,
+        )
     )
+    try:
+        await asyncio.shield(watching)
+    finally:
+        flag.set()
+        stop.set()
+        await asyncio.wait([watching], timeout=_KOPF_EXIT)
+        watching.cancel()
 
 
 def _configure(settings: kopf.OperatorSettings) -> None:

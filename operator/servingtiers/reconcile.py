@@ -290,7 +290,9 @@ def _router(
     for part in (spec.get("pool", {}), *spec.get("disaggregation", {}).values()):
         if isinstance(part, dict):
             part.pop("scaling", None)
-    hashed = content_hash([spec, tier.metadata.annotations.get(pin.REPLAN_ANNOTATION)])
+    hashed = content_hash(
+        [spec, router.may_rest_at_zero(tier), tier.metadata.annotations.get(pin.REPLAN_ANNOTATION)]
+    )
     record = pin.read(view.deployment) if view.deployment else None
     if record is not None and record.spec_hash == hashed:
         return record.template, hashed

@@ -455,8 +455,11 @@ def _rounded_part(status: ServingTierStatus) -> list[Any]:
     ]
 
 
-_WARNINGS = frozenset({"Stalled", "Conflict", "ScalingLimited"})
-_TOLD = frozenset({"Accepted", "Feasible", "Ready", "Stalled", "Conflict", "ScalingLimited", "PlanOutdated"})
+_ABNORMAL = frozenset({"Stalled", "Conflict", "ScalingLimited", "PlanOutdated"})
+"""Conditions that are True when something is to be noted."""
+_NOTES = frozenset({"PlanOutdated"})
+"""Abnormal ones that are no warning."""
+_TOLD = _ABNORMAL | {"Accepted", "Feasible", "Ready"}
 
 
 def events(tier: JsonObject, before: ServingTierStatus, after: ServingTierStatus) -> list[Event]:
@@ -476,13 +479,14 @@ def events(tier: JsonObject, before: ServingTierStatus, after: ServingTierStatus
     for condition in after.conditions:
         if condition.type not in _TOLD or old.get(condition.type) == condition.status:
             continue
-        bad = (condition.status == "True") == (condition.type in _WARNINGS)
-        if condition.status == "Unknown" or (condition.type not in old and not bad):
-            continue
+        abnormal = (condition.status == "True") == (condition.type in _ABNORMAL)
+        if condition.status == "Unknown" or (condition.type not in old and not abnormal):
+            continue  # what was never otherwise and is well is no news
+        warning = abnormal and condition.type not in _NOTES
         found.append(
             Event(
                 tier,
-                "Warning" if bad else "Normal",
+                "Warning" if warning else "Normal",
                 condition.reason,
                 f"{condition.type}: {condition.message}",
             )

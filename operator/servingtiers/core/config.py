@@ -81,5 +81,6 @@ class OperatorConfig(Model):
     """ServiceAccount the chart made for routers; None: the operator makes one per tier."""
     router_resources: ResourceList | None = None
     metrics_namespace: str | None = None
-    """Namespace Prometheus scrapes from, for NetworkPolicies; None: any."""
+    """Namespace from which pods may read metrics, for NetworkPolicies; None: only the operator, and with Prometheus as
+    the telemetry source pods labelled `app.kubernetes.io/name: prometheus`, in any namespace."""
     cluster_domain: str = "cluster.local"

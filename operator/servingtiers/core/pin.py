@@ -64,7 +64,7 @@ def spec_hash(tier: ServingTier, role: PoolRole) -> str:
         "slo": slo,
         **{key: whole.get(key) for key in ("model", "workload", "pod", "drainTimeout")},
         "pool": pool.model_dump(mode="json", exclude_defaults=True, exclude={"scaling"}) if pool else {},
-        "transfer": whole.get("disaggregation", {}).get("transfer"),
+        **{key: whole.get("disaggregation", {}).get(key) for key in ("transfer", "elasticRoles")},
         "replan": tier.metadata.annotations.get(REPLAN_ANNOTATION),
     }
     return content_hash(parts)
