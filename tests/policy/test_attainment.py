@@ -1,6 +1,6 @@
 """Attainment is counted once per request, honestly, and survives a restart."""
 
-# ruff: noqa: D103  # the names of the tests are the sentences
+# the names of the tests are the sentences
 
 import math
 from dataclasses import replace

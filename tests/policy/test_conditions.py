@@ -1,6 +1,6 @@
 """Every condition, every pass, kind to kstatus and to people."""
 
-# ruff: noqa: D103  # the names of the tests are the sentences
+# the names of the tests are the sentences
 
 from dataclasses import replace
 from typing import get_args

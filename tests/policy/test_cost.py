@@ -1,6 +1,6 @@
 """Cost is replicas × accelerators × price, over what is generated."""
 
-# ruff: noqa: D103  # the names of the tests are the sentences
+# the names of the tests are the sentences
 
 from dataclasses import replace
 from decimal import Decimal

@@ -1,6 +1,6 @@
 """Nothing surges into accelerators that nobody knows of."""
 
-# ruff: noqa: D103  # the names of the tests are the sentences
+# the names of the tests are the sentences
 
 import pytest
 

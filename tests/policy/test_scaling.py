@@ -1,4 +1,4 @@
-# ruff: noqa: D103  # the names of the tests are the sentences
+# the names of the tests are the sentences
 """What scaling decides, one observation at a time."""
 
 import math

@@ -1,4 +1,4 @@
-# ruff: noqa: D103  # the names of the tests are the sentences
+# the names of the tests are the sentences
 """The controller drives a small fleet: one queue, engines with slots, a start-up that takes minutes."""
 
 import heapq

@@ -226,13 +226,6 @@ def _engine(
 def _version(pool: PoolAsked, version: str) -> Iterator[Problem]:
     """Check what depends on the engine's version: its flags and its known holes."""
     path = f"{pool.path}.engine"
-    try:
-        wrong = check_extra_args(version, pool.spec.engine.extra_args or {})
-    except CatalogError as error:
-        yield Problem(f"{path}.version", str(error), reason="VersionUnsupported")
-        return
-    for message in wrong:
-        yield Problem(path, message, reason="NotAllowed")
     number = tuple(int(part) for part in version.split(".")[:2])
     if pool.role is not PoolRole.AGGREGATED and number < LEAST_DISAGGREGATION_VERSION:
         yield Problem(
@@ -241,3 +234,10 @@ def _version(pool: PoolAsked, version: str) -> Iterator[Problem]:
             " separate: upgrade the image to 0.30 or newer, or use spec.pool",
             reason="VersionVulnerable",
         )
+    try:
+        wrong = check_extra_args(version, pool.spec.engine.extra_args or {})
+    except CatalogError as error:
+        yield Problem(f"{path}.version", str(error), reason="VersionUnsupported")
+        return
+    for message in wrong:
+        yield Problem(path, message, reason="NotAllowed")
