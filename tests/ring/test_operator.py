@@ -159,17 +159,6 @@ async def test_somebody_elses_object_is_refused_with_a_condition_and_taken_up_wh
     assert space.condition("Conflict")["status"] == "False"
 
 
-async def test_deleting_a_tier_leaves_nothing_behind_without_the_operator(control_plane, space):
-    """No finalizer: the garbage collector does it all."""
-    space.create(tier())
-    async with controller(control_plane, space.name) as made:
-        await settle(made, space.name, "chat")
-    assert "finalizers" not in space.get()["metadata"]
-    space.delete()
-
-    await eventually(lambda: not space.children(), seconds=60, what="children are collected")
-
-
 async def test_an_operator_of_another_version_and_catalogue_restarts_no_engine(control_plane, space):
     """Plans are pinned: only PlanOutdated says that today's choice would be another."""
     space.create(tier())
@@ -434,3 +423,14 @@ async def test_the_recorded_plan_survives_the_api_server(control_plane, space):
     annotation = space.children()["Deployment/chat-pool"]["metadata"]["annotations"][PLAN_ANNOTATION]
 
     assert 1_000 < len(annotation) < 32_768
+
+
+async def test_deleting_a_tier_leaves_nothing_behind_without_the_operator(control_plane, space):
+    """No finalizer: the garbage collector does it all."""
+    space.create(tier())
+    async with controller(control_plane, space.name) as made:
+        await settle(made, space.name, "chat")
+    assert "finalizers" not in space.get()["metadata"]
+    space.delete()
+
+    await eventually(lambda: not space.children(), seconds=60, what="children are collected")

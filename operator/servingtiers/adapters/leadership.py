@@ -22,6 +22,7 @@ from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 __all__ = ["Leadership", "LeaseTimes", "NotLeaderError"]
 
 _log = logging.getLogger(__name__)
+_RELEASE_TRIES = 3
 
 
 class _Lock(LeaseLock):  # type: ignore[misc]  # the client publishes no types
@@ -115,16 +116,31 @@ class Leadership:
         if not self.leading:
             return
         self._renewed = None
+        # A renewal that was cancelled half-way may still reach the API server between our read and our write.
+        for _ in range(_RELEASE_TRIES):
+            try:
+                if await self._give_up():
+                    return
+            except (kubernetes_client.ApiException, aiohttp.ClientError, OSError) as error:
+                _log.warning("lease: could not give it up (%s); it will expire", type(error).__name__)
+                return
+
+    async def _give_up(self) -> bool:
+        """Clear the holder if it is still this process; return whether that is settled."""
+        found, record = await self._lock.get(self._lock.name, self._lock.namespace)
         lease = self._lock.lease_reference
-        if lease is None:
-            return
+        if not found or lease is None or getattr(record, "holder_identity", None) != self.identity:
+            return True
         lease.spec.holder_identity = None
         try:
             await self._lock.api_instance.replace_namespaced_lease(
                 self._lock.name, self._lock.namespace, lease
             )
-        except (kubernetes_client.ApiException, aiohttp.ClientError, OSError) as error:
-            _log.warning("lease: could not give it up (%s); it will expire", type(error).__name__)
+        except kubernetes_client.ApiException as error:
+            if error.status != 409:
+                raise
+            return False
+        return True
 
     async def attempt(self) -> bool:
         """Try once to acquire or renew; return whether this process leads."""
