@@ -1,0 +1,900 @@
+"""A fleet on a virtual clock: routers, engines, pods that start, drain and die, scrapes, and a policy that decides.
+
+Open loop: requests come when the trace says, whatever became of those before them. Nothing is held back by the
+router. Times are seconds of the run; the trace begins at 0. A policy sees Unix times, as in the operator.
+
+The order of one instant is fixed (engines first, then what happens to pods, then scrapes, then decisions), and all
+randomness comes from the seed by way of counters, so that a run is reproducible and two policies meet the same
+start-ups.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from servingtiers.api.status import PoolMemory
+from servingtiers.core.decisions import PoolFacts, PoolRole, TierDecision, TierObservation, acts
+from servingtiers.core.signals import TierLoad
+from servingtiers.core.telemetry import PodTarget, PoolTargets, TierTargets
+from servingtiers.performance import engine_kernel as kernel
+from servingtiers.performance.engine_sim import PoolConfig, make_pool, make_requests
+from servingtiers.simulate import plant
+from servingtiers.simulate.policies import PodReadings, Policy, PoolReadings, TierReadings
+from servingtiers.simulate.scenario import Crash, PoolPlan, Scenario, TierPlan
+from servingtiers.simulate.telemetry import (
+    HISTOGRAM_KEYS,
+    SCALARS,
+    FaultKind,
+    PoolRecorder,
+    PoolScrape,
+    RouterRecorder,
+    bucket_bounds,
+)
+
+__all__ = ["EPOCH", "Fleet", "Move", "PoolHistory", "RunResult", "TierOutcome", "run"]
+
+EPOCH = 1_700_000_000.0
+"""Unix time at which a run begins."""
+
+_STARTS_KEPT = 16
+_ROUTES = {
+    "round_robin": plant.ROUND_ROBIN,
+    "power_of_two": plant.POWER_OF_TWO,
+    "cache_aware": plant.LEAST_LOAD,
+    "consistent_hash": plant.POWER_OF_TWO,
+    "random": plant.ROUND_ROBIN,
+}
+_RAMP_SECONDS = 120.0
+"""The first replicas are those that the rate of the first two minutes needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A change of a pool's replicas."""
+
+    time: float
+    tier: str
+    pool: str
+    before: int
+    after: int
+    binding: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolHistory:
+    """One pool over the run, sampled at every scrape."""
+
+    name: str
+    time: NDArray[np.float64]
+    replicas: NDArray[np.int64]
+    ready: NDArray[np.int64]
+    waiting: NDArray[np.int64]
+    in_flight: NDArray[np.int64]
+    gpus: int
+    gpu_seconds: float
+    """Accelerator time from node to release, start-up and drain included, until the trace ended."""
+    peak: int
+    """Most replicas that held accelerators at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierOutcome:
+    """What became of one tier's requests; times are seconds of the run, NaN where it never came to it."""
+
+    plan: TierPlan
+    arrival: NDArray[np.float64]
+    first: NDArray[np.float64]
+    last: NDArray[np.float64]
+    output: NDArray[np.int64]
+    refused: NDArray[np.bool_]
+    """503, or lost with its engine."""
+    pools: tuple[PoolHistory, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """One run."""
+
+    policy: str
+    seed: int
+    seconds: float
+    tiers: tuple[TierOutcome, ...]
+    moves: tuple[Move, ...]
+    decisions: int
+    decide_seconds: float
+    """Wall-clock seconds spent inside the policy, all decisions together."""
+    complete: bool
+    """False: the run was interrupted; figures are up to then."""
+
+
+@dataclass(slots=True)
+class _Pod:
+    serial: int
+    row: int
+    created: float
+    on_node: float | None = None
+    """When it got its node; None: it has none yet."""
+    ready_at: float | None = None
+    """When it will be, or became, ready."""
+    ready: bool = False
+    leaving: float | None = None
+    """When its deletion began."""
+    restarts: int = 0
+    released: float | None = None
+    """When it gave its accelerators back."""
+
+    @property
+    def name(self) -> str:
+        return f"engine-{self.serial}"
+
+
+@dataclass(slots=True)
+class _Pool:
+    plan: PoolPlan
+    state: kernel.Pool
+    requests: kernel.Requests
+    rows: plant.Rows
+    journal: plant.Journal
+    recorder: PoolRecorder
+    free: list[int]
+    replicas: int
+    pods: list[_Pod] = field(default_factory=list)
+    memory: PoolMemory = field(default_factory=PoolMemory)
+    gpu_seconds: float = 0.0
+    peak: int = 0
+    started: list[tuple[float, int]] = field(default_factory=list)
+    """(ready at, start-up seconds) of pods that became ready."""
+    drift: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Row to (logarithm of its own speed, wander)."""
+    history: list[tuple[float, int, int, int, int]] = field(default_factory=list)
+    sent: int = 0
+    """Entries of the pool's queue that were sent."""
+    gone_totals: NDArray[np.float64] = field(default_factory=lambda: np.zeros(7))
+    """Totals of pods that are gone, for readings."""
+
+    @property
+    def active(self) -> NDArray[np.int64]:
+        return np.array(
+            [pod.row for pod in self.pods if pod.ready or pod.leaving is not None], dtype=np.int64
+        )
+
+    @property
+    def serving(self) -> list[_Pod]:
+        return [pod for pod in self.pods if pod.ready and pod.leaving is None]
+
+    def set_members(self) -> None:
+        members = [pod.row for pod in self.serving]
+        self.rows.members[: len(members)] = members
+        self.rows.state[0] = len(members)
+
+
+@dataclass(slots=True)
+class _Tier:
+    plan: TierPlan
+    pools: list[_Pool]
+    route: int
+    ids: NDArray[np.int64]
+    times: NDArray[np.float64]
+    router: RouterRecorder
+    refused_early: NDArray[np.bool_]
+    handover: list[tuple[float, int]] = field(default_factory=list)
+    """(ms, request): prompts on their way from prefill to decode, a heap."""
+    unserved: int = 0
+    dispatched: int = 0
+
+
+_READY, _GONE, _CRASH, _NODES, _SCRAPE, _SAMPLE, _DECIDE = range(7)
+"""Kinds of events; of the same instant the lower comes first."""
+
+
+class Fleet:
+    """One run in progress.
+
+    Args:
+        scenario: What is simulated.
+        policy: Who decides.
+        seed: Seed of everything random.
+    """
+
+    def __init__(self, scenario: Scenario, policy: Policy, seed: int) -> None:
+        self.scenario = scenario
+        self.policy = policy
+        self.seed = seed
+        self.now = 0.0
+        self.moves: list[Move] = []
+        self.decisions = 0
+        self.decide_seconds = 0.0
+        self._events: list[tuple[float, int, int, Callable[[], None]]] = []
+        self._order = 0
+        self._serial = 0
+        self._noise = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 0x0153])))
+        self._watching_since: float | None = None
+        self._tiers = [self._tier(plan) for plan in scenario.tiers]
+        for tier in self._tiers:
+            for pool in tier.pools:
+                for _ in range(pool.replicas):
+                    self._create(tier, pool, at_start=True)
+                pool.set_members()
+
+    # --- setting up ------------------------------------------------------------------------------------------
+
+    def _tier(self, plan: TierPlan) -> _Tier:
+        trace = plan.trace
+        count = len(trace)
+        times = trace.arrival * 1e3
+        cached = np.zeros(count, dtype=np.int64)
+        if plan.shared_prefix:
+            cached = trace.shared
+        elif plan.prefix_hit:
+            cached = np.floor(trace.prompt * plan.prefix_hit).astype(np.int64)
+        pools = [self._pool(plan, pool, times, cached) for pool in plan.pools]
+        return _Tier(
+            plan=plan,
+            pools=pools,
+            route=_ROUTES[plan.routing],
+            ids=np.arange(count, dtype=np.int64),
+            times=times,
+            router=RouterRecorder(self.scenario.window, self.scenario.scrape),
+            refused_early=np.zeros(count, dtype=bool),
+        )
+
+    def _pool(
+        self, tier: TierPlan, plan: PoolPlan, times: NDArray[np.float64], cached: NDArray[np.int64]
+    ) -> _Pool:
+        trace = tier.trace
+        count = len(trace)
+        # Rows for the serving, and for as many that are draining or starting beside them.
+        rows = 2 * max(plan.scaling.max_replicas, 1) + 4
+        state = make_pool(PoolConfig(plan.model, plan.engine, replicas=rows))
+        output, shared = trace.output, cached
+        if plan.role is PoolRole.PREFILL:
+            output = np.ones_like(output)
+        elif plan.role is PoolRole.DECODE:
+            shared = trace.prompt - 1
+        bounds = bucket_bounds(tier.max_model_len)
+        width = max(len(each) for each in bounds) + 1
+        padded = np.full((len(HISTOGRAM_KEYS), width), np.inf)
+        for index, each in enumerate(bounds):
+            padded[index, : len(each)] = each
+        router_seed = int(np.random.SeedSequence([self.seed, 0x40C7]).generate_state(1)[0])
+        nan = np.full(count, np.nan)
+        return _Pool(
+            plan=plan,
+            state=state,
+            requests=make_requests(times, trace.prompt, output, cached=shared),
+            rows=plant.Rows(
+                members=np.zeros(rows, dtype=np.int64),
+                state=np.array(
+                    [0, 0, router_seed, 0, plan.max_queued, int(tier.shared_prefix)], dtype=np.int64
+                ),
+                tau0=np.zeros(rows),
+                real0=np.zeros(rows),
+                rate=np.ones(rows),
+                counters=np.zeros((rows, plant.COUNTERS), dtype=np.int64),
+                buckets=np.zeros((rows, plant.HISTOGRAMS, width), dtype=np.int64),
+                sums=np.zeros((rows, plant.HISTOGRAMS)),
+                itl_seen=np.zeros((rows, kernel.ITL_BINS), dtype=np.int64),
+                bounds=padded,
+            ),
+            journal=plant.Journal(
+                row=np.full(count, plant.UNSENT, dtype=np.int64),
+                seen=np.zeros(count, dtype=np.int64),
+                scheduled=nan.copy(),
+                first=nan.copy(),
+                last=nan.copy(),
+                sent=nan.copy(),
+                open=np.zeros(count + 1, dtype=np.int64),
+                open_count=np.zeros(2, dtype=np.int64),
+                closed=np.zeros(count + 1, dtype=np.int64),
+            ),
+            recorder=PoolRecorder(bounds, self.scenario.window, self.scenario.scrape),
+            free=list(range(rows - 1, -1, -1)),
+            replicas=self._first_replicas(tier, plan),
+        )
+
+    def _first_replicas(self, tier: TierPlan, plan: PoolPlan) -> int:
+        given = tier.initial.get(plan.name)
+        if given is None:
+            begin = tier.trace.arrival < _RAMP_SECONDS
+            work = plan.belief.work
+            need = sum(
+                work.seconds(float(p), float(o))
+                for p, o in zip(tier.trace.prompt[begin], tier.trace.output[begin], strict=True)
+            ) / min(_RAMP_SECONDS, tier.trace.seconds)
+            given = math.ceil(need)
+        return min(max(given, plan.scaling.min_replicas), plan.scaling.max_replicas)
+
+    # --- the clock -------------------------------------------------------------------------------------------
+
+    def _at(self, time: float, kind: int, action: Callable[[], None]) -> None:
+        self._order += 1
+        heapq.heappush(self._events, (time, kind, self._order, action))
+
+    def run(self, progress: Callable[[float], None] | None = None) -> RunResult:
+        """Run to the end of the longest trace and let what is in flight finish.
+
+        Args:
+            progress: Called with the seconds simulated so far, at every scrape.
+
+        A KeyboardInterrupt ends the run early; the result then says that it is not complete.
+        """
+        scenario, end = self.scenario, self.scenario.seconds
+        complete = True
+        self._at(0.0, _SCRAPE, self._every_scrape)
+        self._at(scenario.metric_age % self.policy.interval, _DECIDE, self._every_decision)
+        if self.policy.samples is not None:
+            self._at(0.0, _SAMPLE, self._every_sample)
+        for crash in scenario.crashes:
+            self._at(crash.time, _CRASH, partial(self._crash, crash))
+        for shortage in scenario.shortages:
+            self._at(shortage.end, _NODES, self._bind)
+        try:
+            while self._events and self._events[0][0] <= end:
+                time, kind, _, action = heapq.heappop(self._events)
+                self._advance(time)
+                action()
+                if progress is not None and kind == _SCRAPE:
+                    progress(time)
+            self._advance(end)
+        except KeyboardInterrupt:
+            complete = False
+            end = self.now
+        self._settle(end)
+        if complete:
+            self._finish(end)
+        return self._result(end, complete=complete)
+
+    def _every_scrape(self) -> None:
+        self._scrape()
+        self._at(self.now + self.scenario.scrape, _SCRAPE, self._every_scrape)
+
+    def _every_sample(self) -> None:
+        self._sample()
+        self._at(self.now + (self.policy.samples or math.inf), _SAMPLE, self._every_sample)
+
+    def _every_decision(self) -> None:
+        self._decide()
+        self._at(self.now + self.policy.interval, _DECIDE, self._every_decision)
+
+    def _advance(self, time: float) -> None:
+        """Let routers dispatch and engines run until ``time``."""
+        if time <= self.now:
+            return
+        for tier in self._tiers:
+            self._dispatch(tier, time * 1e3)
+        self.now = time
+
+    def _dispatch(self, tier: _Tier, until: float) -> None:
+        first = tier.pools[0]
+        delay = self.scenario.front_end_ms
+        before, lost = first.sent, int(first.rows.state[3])
+        first.sent = plant.dispatch(
+            first.state,
+            first.requests,
+            first.rows,
+            first.journal,
+            tier.ids,
+            tier.times,
+            before,
+            until,
+            delay,
+            tier.route,
+        )
+        missing = int(first.rows.state[3]) - lost
+        tier.unserved += missing
+        tier.dispatched += first.sent - before - missing
+        if len(tier.pools) == 1:
+            return
+        # Prefill never waits for decode, so it may run ahead to the end of the segment.
+        second = tier.pools[1]
+        self._run(first, until)
+        transfer = tier.plan.transfer
+        closed = first.journal.closed[: first.journal.open_count[1]]
+        if len(closed):
+            prompts = first.requests.prompt[closed].astype(np.float64)
+            moved = first.journal.last[closed] + (transfer.ms(prompts) if transfer is not None else 0.0)
+            for at, request in zip(moved.tolist(), closed.tolist(), strict=True):
+                heapq.heappush(tier.handover, (at, request))
+        due = []
+        while tier.handover and tier.handover[0][0] < until:
+            due.append(heapq.heappop(tier.handover))
+        if due:
+            ids = np.array([request for _, request in due], dtype=np.int64)
+            times = np.array([at for at, _ in due])
+            lost = int(second.rows.state[3])
+            plant.dispatch(
+                second.state,
+                second.requests,
+                second.rows,
+                second.journal,
+                ids,
+                times,
+                0,
+                until,
+                0.0,
+                tier.route,
+            )
+            missing = int(second.rows.state[3]) - lost
+            tier.unserved += missing
+            tier.dispatched += len(due) - missing
+
+    def _run(self, pool: _Pool, until: float) -> None:
+        active = pool.active
+        plant.advance_all(pool.state, pool.requests, pool.rows, active, until)
+        plant.observe(pool.state, pool.requests, pool.rows, pool.journal, active)
+
+    def _look(self) -> None:
+        """Bring every engine up to now and count what it did."""
+        until = self.now * 1e3
+        for tier in self._tiers:
+            # A prefill pool was brought here by the dispatch, and its hand-overs must not be forgotten.
+            for pool in tier.pools[-1:] if len(tier.pools) > 1 else tier.pools:
+                self._run(pool, until)
+
+    # --- pods ------------------------------------------------------------------------------------------------
+
+    def _create(self, tier: _Tier, pool: _Pool, *, at_start: bool = False) -> None:
+        if not pool.free:
+            raise RuntimeError(
+                f"pool {pool.plan.name} has more pods at once than twice its maxReplicas: lower the drain timeout"
+            )
+        pod = _Pod(self._serial, pool.free.pop(), self.now)
+        self._serial += 1
+        pool.pods.append(pod)
+        if at_start:
+            pod.on_node = pod.ready_at = self.now
+            pod.ready = True
+            self._begin(pool, pod)
+            pool.peak = max(pool.peak, len(pool.pods))
+        else:
+            self._bind_one(pool, pod)
+
+    def _begin(self, pool: _Pool, pod: _Pod) -> None:
+        """Give the pod's row a fresh engine."""
+        row, rows, noise = pod.row, pool.rows, self.scenario.noise
+        own = noise.replica * float(
+            np.random.Generator(
+                np.random.PCG64(np.random.SeedSequence([self.seed, 0x59EE, pod.serial]))
+            ).standard_normal()
+        )
+        pool.drift[row] = (own, 0.0)
+        rows.tau0[row] = rows.real0[row] = self.now * 1e3
+        rows.rate[row] = math.exp(-own) / noise.bias
+        rows.counters[row] = 0
+        rows.buckets[row] = 0
+        rows.sums[row] = 0.0
+        rows.itl_seen[row] = 0
+        kernel.reset(pool.state, row, self.now * 1e3)
+
+    def _held(self) -> int:
+        """Accelerators in use by all tiers."""
+        return sum(
+            pool.plan.gpus
+            for tier in self._tiers
+            for pool in tier.pools
+            for pod in pool.pods
+            if pod.on_node is not None
+        )
+
+    def _bind_one(self, pool: _Pool, pod: _Pod) -> None:
+        scenario = self.scenario
+        if any(shortage.start <= self.now < shortage.end for shortage in scenario.shortages):
+            return
+        if scenario.accelerators is not None and self._held() + pool.plan.gpus > scenario.accelerators:
+            return
+        pod.on_node = self.now + scenario.scheduling
+        pool.peak = max(pool.peak, sum(each.on_node is not None for each in pool.pods))
+        pod.ready_at = pod.on_node + scenario.start_up.draw(self.seed, pod.serial)
+        self._at(pod.ready_at, _READY, partial(self._became_ready, pool, pod, pod.restarts))
+
+    def _bind(self) -> None:
+        """Give waiting pods the accelerators there are, oldest first."""
+        waiting = [
+            (pod.serial, tier, pool, pod)
+            for tier in self._tiers
+            for pool in tier.pools
+            for pod in pool.pods
+            if pod.on_node is None and pod.leaving is None
+        ]
+        for _, tier, pool, pod in sorted(waiting, key=lambda each: each[0]):
+            self._bind_one(pool, pod)
+
+    def _became_ready(self, pool: _Pool, pod: _Pod, restarts: int) -> None:
+        if pod.leaving is not None or pod not in pool.pods or pod.restarts != restarts:
+            return
+        pod.ready = True
+        if not pod.restarts:
+            pool.started.append((self.now, max(0, round(self.now - pod.created))))
+        self._begin(pool, pod)
+        pool.set_members()
+
+    def _delete(self, tier: _Tier, pool: _Pool, count: int) -> None:
+        """Take ``count`` pods away in the order of the ReplicaSet controller: without node, not ready, newest."""
+        staying = [pod for pod in pool.pods if pod.leaving is None]
+
+        def order(pod: _Pod) -> tuple[bool, bool, float, int]:
+            return (pod.on_node is not None, pod.ready, -(pod.ready_at or math.inf), -pod.serial)
+
+        for pod in sorted(staying, key=order)[:count]:
+            pod.leaving = self.now
+            if not pod.ready:
+                self._gone(pool, pod)
+        pool.set_members()
+        self._check_drained(tier, pool)
+
+    def _check_drained(self, tier: _Tier, pool: _Pool) -> None:
+        """Let go of draining engines that are empty, and of those whose grace is over."""
+        for pod in [each for each in pool.pods if each.leaving is not None and each.ready]:
+            ints = pool.state.ints[pod.row]
+            left = pod.leaving if pod.leaving is not None else self.now
+            if ints[kernel.INJECTED] == ints[kernel.FINISHED]:
+                pod.ready = False
+                # Its clock stands where its last step ended; it is looked at later than that.
+                row, rows = pod.row, pool.rows
+                idle = (
+                    rows.real0[row] + (pool.state.reals[row, kernel.CLOCK] - rows.tau0[row]) / rows.rate[row]
+                )
+                pod.released = max(left, float(idle) / 1e3) + self.scenario.termination
+                self._at(max(self.now, pod.released), _GONE, partial(self._gone, pool, pod))
+            elif self.now >= left + tier.plan.drain_seconds:
+                plant.fail_row(pool.state, pool.rows, pool.journal, pod.row, self.now * 1e3)
+                pod.ready = False
+                self._gone(pool, pod)
+
+    def _gone(self, pool: _Pool, pod: _Pod) -> None:
+        if pod not in pool.pods:
+            return
+        self._charge(pool, pod, self.now if pod.released is None else pod.released)
+        pool.gone_totals += self._totals(pool, pod.row)
+        pool.pods.remove(pod)
+        pool.free.append(pod.row)
+        pool.rows.counters[pod.row] = 0
+        pool.rows.buckets[pod.row] = 0
+        pool.rows.sums[pod.row] = 0.0
+        pool.set_members()
+        self._bind()
+
+    def _charge(self, pool: _Pool, pod: _Pod, end: float) -> None:
+        if pod.on_node is not None and end > pod.on_node:
+            pool.gpu_seconds += (end - pod.on_node) * pool.plan.gpus
+
+    def _crash(self, crash: Crash) -> None:
+        for tier in self._tiers:
+            if crash.tier not in {"", tier.plan.key}:
+                continue
+            for pool in tier.pools:
+                if crash.pool not in {"", pool.plan.name}:
+                    continue
+                serving = pool.serving
+                if not serving:
+                    continue
+                self._look()
+                pod = serving[0]
+                plant.fail_row(pool.state, pool.rows, pool.journal, pod.row, self.now * 1e3)
+                pod.ready = False
+                pod.restarts += 1
+                pool.gone_totals += self._totals(pool, pod.row)
+                pool.rows.counters[pod.row] = 0
+                pool.rows.buckets[pod.row] = 0
+                pool.rows.sums[pod.row] = 0.0
+                pod.ready_at = self.now + self.scenario.start_up.draw(self.seed, pod.serial)
+                self._at(pod.ready_at, _READY, partial(self._became_ready, pool, pod, pod.restarts))
+                pool.set_members()
+                return
+
+    # --- metrics ---------------------------------------------------------------------------------------------
+
+    def _scrape(self) -> None:
+        self._look()
+        faults = self.scenario.metric_faults
+        for tier in self._tiers:
+            paired = len(tier.pools) > 1
+            for pool in tier.pools:
+                self._check_drained(tier, pool)
+                serving = pool.serving
+                rows = [pod.row for pod in serving]
+                ints, counters = pool.state.ints, pool.rows.counters
+                waiting = int(ints[rows, kernel.WAITING].sum())
+                running = int(ints[rows, kernel.RUNNING].sum())
+                pool.history.append((self.now, pool.replicas, len(serving), waiting, waiting + running))
+                serial = np.full(len(ints), -1, dtype=np.int64)
+                serial[rows] = [pod.serial for pod in serving]
+                scalars = np.column_stack(
+                    [
+                        ints[:, kernel.RUNNING],
+                        ints[:, kernel.WAITING],
+                        1.0 - ints[:, kernel.BLOCKS_FREE] / float(pool.state.config[kernel.BLOCKS]),
+                        counters[:, plant.DONE],
+                        counters[:, plant.PROMPT],
+                        counters[:, plant.ITL_COUNT] + counters[:, plant.FIRST],
+                        counters[:, plant.PROMPT],
+                        counters[:, plant.HIT],
+                        ints[:, kernel.PREEMPTIONS],
+                        counters[:, plant.REFUSED],
+                    ]
+                ).astype(np.float64)
+                assert scalars.shape[1] == len(SCALARS)  # noqa: S101 - the two lists are one
+                pool.recorder.add(
+                    PoolScrape(
+                        EPOCH + self.now, serial, scalars, pool.rows.buckets.copy(), pool.rows.sums.copy()
+                    ),
+                    faults,
+                    self.now,
+                )
+            tier.router.add(self.now, tier.dispatched, tier.unserved, paired=paired, faults=faults)
+        self._wander()
+
+    def _wander(self) -> None:
+        """Let every engine's speed wander a little."""
+        noise = self.scenario.noise
+        keep = math.exp(-self.scenario.scrape / 300.0)
+        kick = noise.drift * math.sqrt(1.0 - keep * keep)
+        for tier in self._tiers:
+            for pool in tier.pools:
+                for pod in pool.pods:
+                    if not pod.ready:
+                        continue
+                    own, wander = pool.drift[pod.row]
+                    wander = keep * wander + kick * float(self._noise.standard_normal())
+                    pool.drift[pod.row] = (own, wander)
+                    plant.rebase(pool.rows, pod.row, self.now * 1e3, math.exp(-own - wander) / noise.bias)
+
+    def _totals(self, pool: _Pool, row: int) -> NDArray[np.float64]:
+        counters, sums = pool.rows.counters[row], pool.rows.sums[row]
+        return np.array(
+            [
+                counters[plant.DONE],
+                sums[plant.PROMPT_LENGTH],
+                sums[plant.OUTPUT_LENGTH],
+                sums[plant.TTFT],
+                counters[plant.FIRST],
+                sums[plant.ITL],
+                counters[plant.ITL_COUNT],
+            ],
+            dtype=np.float64,
+        )
+
+    def _sample(self) -> None:
+        self._look()
+        held = {fault.kind for fault in self.scenario.metric_faults if fault.active(self.now)}
+        blind = bool(held - {FaultKind.RESET, FaultKind.NO_HISTORY, FaultKind.TWICE, FaultKind.PARTIAL})
+        readings = []
+        for tier in self._tiers:
+            pools = []
+            for pool in tier.pools:
+                self._check_drained(tier, pool)
+                serving = pool.serving
+                rows = [pod.row for pod in serving]
+                ints = pool.state.ints[rows]
+                config = pool.state.config
+                used = (config[kernel.BLOCKS] - ints[:, kernel.BLOCKS_FREE]) * config[kernel.BLOCK]
+                totals = pool.gone_totals + sum(
+                    (self._totals(pool, pod.row) for pod in pool.pods), np.zeros(7)
+                )
+                pools.append(
+                    PoolReadings(
+                        name=pool.plan.name,
+                        pods=None
+                        if blind
+                        else PodReadings(
+                            serial=np.array([pod.serial for pod in serving], dtype=np.int64),
+                            running=ints[:, kernel.RUNNING].astype(np.float64),
+                            waiting=ints[:, kernel.WAITING].astype(np.float64),
+                            kv_tokens=used.astype(np.float64),
+                            kv_capacity=float(config[kernel.BLOCKS] * config[kernel.BLOCK]),
+                            waiting_tokens=ints[:, kernel.WAITING_TOKENS].astype(np.float64),
+                        ),
+                        empty=FaultKind.EMPTY in held,
+                        replicas=pool.replicas,
+                        ready=len(serving),
+                        starting=sum(not pod.ready and pod.leaving is None for pod in pool.pods),
+                        done=int(totals[0]),
+                        prompt_tokens=float(totals[1]),
+                        output_tokens=float(totals[2]),
+                        ttft_sum=float(totals[3]),
+                        ttft_count=int(totals[4]),
+                        itl_sum=float(totals[5]),
+                        itl_count=int(totals[6]),
+                    )
+                )
+            arrivals = tier.pools[0].sent
+            readings.append(
+                TierReadings(tier.plan.key, EPOCH + self.now, arrivals, tier.unserved, tuple(pools))
+            )
+        self.policy.sample(tuple(readings))
+
+    # --- deciding --------------------------------------------------------------------------------------------
+
+    def observation(self, tier: _Tier) -> TierObservation:
+        """Return what a policy is told of a tier now."""
+        now = EPOCH + self.now
+        targets = []
+        rows = []
+        for pool in tier.pools:
+            serving = pool.serving
+            pods = tuple(
+                PodTarget(pod.name, "10.0.0.1", 8000, EPOCH + (pod.ready_at or 0.0)) for pod in serving
+            )
+            targets.append(PoolTargets(pool.plan.name, pool.plan.role, pool.replicas, pods))
+            rows.append([pod.row for pod in serving])
+        namespace, _, name = tier.plan.key.rpartition("/")
+        whole = TierTargets(
+            namespace or "default", name, tuple(targets), (PodTarget("router-0", "10.0.0.2", 29000),)
+        )
+        router = tier.router.load(whole, self.now)
+        loads = {
+            pool.plan.name: pool.recorder.load(target, row, now=now, routers=router)
+            for pool, target, row in zip(tier.pools, targets, rows, strict=True)
+        }
+        facts = []
+        for pool in tier.pools:
+            serving = pool.serving
+            unschedulable = sum(pod.on_node is None and pod.leaving is None for pod in pool.pods)
+            staying = sum(pod.leaving is None for pod in pool.pods)
+            starts = [seconds for _, seconds in pool.started[-_STARTS_KEPT:]] or pool.memory.startup_seconds
+            since = [pod.ready_at for pod in serving if pod.ready_at is not None]
+            facts.append(
+                PoolFacts(
+                    name=pool.plan.name,
+                    role=pool.plan.role,
+                    scaling=pool.plan.scaling,
+                    replicas=pool.replicas,
+                    ready=len(serving),
+                    pending=max(staying - len(serving) - unschedulable, 0),
+                    unschedulable=unschedulable,
+                    terminating=sum(pod.leaving is not None for pod in pool.pods),
+                    max_num_seqs=pool.plan.engine.max_num_seqs,
+                    startup_seconds=median(starts) if starts else None,
+                    settled_seconds=max(0.0, self.now - max(since)) if since else None,
+                    rps_per_replica=pool.plan.belief.rps(loads[pool.plan.name]),
+                )
+            )
+        return TierObservation(
+            key=tier.plan.key,
+            spec=tier.plan.spec,
+            targets=tier.plan.targets,
+            pools=tuple(facts),
+            load=TierLoad(loads, router),
+            memory={pool.plan.name: pool.memory for pool in tier.pools},
+            watching_since=self._watching_since,
+        )
+
+    def _decide(self) -> None:
+        for outage in self.scenario.outages:
+            if outage.start <= self.now < outage.end:
+                self._watching_since = EPOCH + outage.end
+                return
+        self._look()
+        observations = tuple(self.observation(tier) for tier in self._tiers)
+        begin = perf_counter()
+        decided = self.policy.decide(observations, EPOCH + self.now)
+        self.decide_seconds += perf_counter() - begin
+        self.decisions += 1
+        by_key = {decision.key: decision for decision in decided}
+        for tier in self._tiers:
+            decision = by_key.get(tier.plan.key)
+            if decision is not None:
+                self._carry_out(tier, decision)
+
+    def _carry_out(self, tier: _Tier, decided: TierDecision) -> None:
+        pools = {pool.plan.name: pool for pool in tier.pools}
+        for name, memory in decided.memory.items():
+            # As text and back, as the tier's status keeps it.
+            pools[name].memory = PoolMemory.model_validate_json(memory.model_dump_json())
+        if not acts(tier.plan.spec.scaling.mode, suspended=tier.plan.spec.suspend):
+            return
+        for decision in decided.decisions:
+            pool = pools[decision.pool]
+            change = decision.desired - pool.replicas
+            if change == 0:
+                continue
+            self.moves.append(
+                Move(
+                    self.now,
+                    tier.plan.key,
+                    decision.pool,
+                    pool.replicas,
+                    decision.desired,
+                    str(decision.binding),
+                    decision.reason,
+                )
+            )
+            pool.replicas = decision.desired
+            if change > 0:
+                for _ in range(change):
+                    self._create(tier, pool)
+            else:
+                self._delete(tier, pool, -change)
+        self._bind()
+
+    # --- the end ---------------------------------------------------------------------------------------------
+
+    def _settle(self, end: float) -> None:
+        """Charge the pods that are still there."""
+        for tier in self._tiers:
+            for pool in tier.pools:
+                for pod in pool.pods:
+                    self._charge(pool, pod, end if pod.released is None else min(pod.released, end))
+
+    def _finish(self, end: float) -> None:
+        """Let requests in flight finish on the engines there are."""
+        self.now = end
+        stop = end + self.scenario.grace
+        time = end
+        while time < stop and any(
+            pool.journal.open_count[0] or tier.handover for tier in self._tiers for pool in tier.pools
+        ):
+            time = min(time + 15.0, stop)
+            self._advance(time)
+            self._look()
+
+    def _result(self, end: float, *, complete: bool) -> RunResult:
+        outcomes = []
+        for tier in self._tiers:
+            first, last = tier.pools[0], tier.pools[-1]
+            arrived = tier.plan.trace.arrival < end if not complete else np.ones(len(tier.ids), dtype=bool)
+            refused = first.journal.row < plant.UNSENT
+            if last is not first:
+                refused |= last.journal.row < plant.UNSENT
+            histories = []
+            for pool in tier.pools:
+                columns = np.array(pool.history, dtype=np.float64).reshape(-1, 5).T
+                replicas, ready, waiting, in_flight = columns[1:].astype(np.int64)
+                histories.append(
+                    PoolHistory(
+                        name=pool.plan.name,
+                        time=columns[0],
+                        replicas=replicas,
+                        ready=ready,
+                        waiting=waiting,
+                        in_flight=in_flight,
+                        gpus=pool.plan.gpus,
+                        gpu_seconds=pool.gpu_seconds,
+                        peak=pool.peak,
+                    )
+                )
+            outcomes.append(
+                TierOutcome(
+                    plan=tier.plan,
+                    arrival=tier.plan.trace.arrival[arrived],
+                    first=last.journal.first[arrived] / 1e3,
+                    last=last.journal.last[arrived] / 1e3,
+                    output=tier.plan.trace.output[arrived],
+                    refused=refused[arrived],
+                    pools=tuple(histories),
+                )
+            )
+        return RunResult(
+            policy=self.policy.name,
+            seed=self.seed,
+            seconds=end,
+            tiers=tuple(outcomes),
+            moves=tuple(self.moves),
+            decisions=self.decisions,
+            decide_seconds=self.decide_seconds,
+            complete=complete,
+        )
+
+
+def run(
+    scenario: Scenario, policy: Policy, seed: int, progress: Callable[[float], None] | None = None
+) -> RunResult:
+    """Simulate a scenario under a policy.
+
+    Args:
+        scenario: What is simulated.
+        policy: Who decides; it is used for this run only where it keeps state.
+        seed: Seed of everything random.
+        progress: Called with the seconds simulated so far.
+    """
+    return Fleet(scenario, policy, seed).run(progress)
