@@ -439,7 +439,7 @@ def _serving(
             binding, reason, change = need.binding, need.reason, need.would_change
         return done(_decision(view, current, binding, reason, change))
 
-    return _shrink(view, obs, now, floor, wanted, futile, acting=acting, done=done)
+    return _shrink(view, obs, now, floor, futile, acting=acting, done=done)
 
 
 _EASE = "A longer objective, a faster accelerator or a larger tensorParallel."
@@ -450,7 +450,6 @@ def _shrink(
     obs: TierObservation,
     now: float,
     floor: int,
-    wanted: int,
     futile: str | None,
     *,
     acting: bool,
@@ -458,7 +457,8 @@ def _shrink(
 ) -> tuple[Decision, PoolMemory]:
     """Take replicas away once fewer have sufficed for the whole hold."""
     memory, current = view.memory, view.pool.replicas
-    since, peak = now, max(wanted, floor)
+    least = _least(view, floor)
+    since, peak = now, least
     if memory.low_since is not None:
         since = min(from_time(memory.low_since), now)
         if obs.watching_since is not None and since < obs.watching_since:
@@ -483,7 +483,7 @@ def _shrink(
         )
     if peak >= current:
         # The hold began under more load. It is over: the next one counts from here.
-        kept = {"low_since": to_time(now), "low_peak": max(wanted, floor)}
+        kept = {"low_since": to_time(now), "low_peak": least}
         return stay(
             Binding.HOLD_DOWN,
             f"{fewer} now, but {peak} were needed within the last {_seconds(now - since)}.",
@@ -509,11 +509,7 @@ def _shrink(
             return stay(Binding.HOLD_DOWN, f"{fewer}; {pause}", "The next minute.")
 
     step = max(1, current // 10) if acting else current
-    target = current - 1
-    least = max(floor, peak)
-    while target > least and current - target < step and _shrink_blocker(view, target - 1, floor) is None:
-        target -= 1
-    desired = max(target, least)
+    desired = max(peak, current - step)
     return done(
         _decision(
             view,
@@ -525,6 +521,18 @@ def _shrink(
         ),
         **kept,
     )
+
+
+def _least(view: _View, floor: int) -> int:
+    """Return the fewest replicas that would carry today's load; more of them never carry less."""
+    fewest, most = floor, view.pool.replicas - 1
+    while fewest < most:
+        middle = (fewest + most) // 2
+        if _shrink_blocker(view, middle, floor) is None:
+            most = middle
+        else:
+            fewest = middle + 1
+    return fewest
 
 
 def _over_the_maximum(view: _View, ceiling: int, now: float, *, acting: bool) -> Decision:
