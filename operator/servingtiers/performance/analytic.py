@@ -92,6 +92,8 @@ class Prediction:
     """Time per output token of a request, ms."""
     e2e: Percentiles
     """End to end, ms."""
+    prefill_ms: float
+    """Mean time from being scheduled to the first token (vLLM's request_prefill_time)."""
     mean_batch: float
     """Sequences decoding, averaged over time."""
     kv_use: float
@@ -163,7 +165,7 @@ class _Engine:
         if batch <= batches[0]:
             return (self.decode[0], self.bare[0]) if batch > 0.0 else (0.0, 0.0)
         low = bisect_right(batches, batch) - 1
-        if low > len(batches) - 2:
+        if low > len(batches) - 2:  # noqa: PLR1730  a call of min() costs more than the rest of the line
             low = len(batches) - 2
         weight = (batch - batches[low]) / (batches[low + 1] - batches[low])
         decode, bare = self.decode, self.bare
@@ -198,7 +200,7 @@ class _Engine:
         tokens += fed
         if tokens > axis[0]:
             low = bisect_right(axis, tokens) - 1
-            if low > len(axis) - 2:
+            if low > len(axis) - 2:  # noqa: PLR1730  a call of min() costs more than the rest of the line
                 low = len(axis) - 2
             share = (tokens - axis[low]) / (axis[low + 1] - axis[low])
             extra += values[low] + share * (values[low + 1] - values[low])
@@ -562,7 +564,7 @@ def _rest_of_step(
                 share = (begin - low) * height
                 edges[low] -= height - share
                 edges[low + 1] -= share
-    return [p if p > 0.0 else 0.0 for p in accumulate(edges[:_BINS])]
+    return [p if p > 0.0 else 0.0 for p in accumulate(edges[:_BINS])]  # noqa: FURB136  as above
 
 
 def _first_token(
@@ -573,8 +575,11 @@ def _first_token(
     busy_batch: float,
     *,
     asynchronous: bool,
-) -> tuple[float, list[float], list[float]]:
-    """Return the mean time to first token, and its distribution function as times and probabilities."""
+) -> tuple[float, float, list[float], list[float]]:
+    """Return the mean time to first token, the mean of its part after being scheduled, and its distribution function.
+
+    The distribution function is given as ascending times, ms, and probabilities.
+    """
     decode, bare = engine.decode_ms(busy_batch)
     prompt, pairs = engine.prompt, engine.pairs
     sizes = _sizes(engine.cv, 1, _FINE)
@@ -644,7 +649,8 @@ def _first_token(
             p + waits * (1.0 - exp((mean_own - t) / wait_ms)) if t > mean_own else p
             for p, t in zip(below, times, strict=True)
         ]
-    return mean, times, below
+    scheduled = mean_own + (1.0 - idle - waits) * rate * steps.next_ms * second / total
+    return mean, scheduled, times, below
 
 
 _BEYOND = (0.0, 0.1, 0.25, 0.5, 0.8, 1.2, 1.7, 2.3, 3.0, 4.0, 5.0, 6.5, 8.0)
@@ -784,7 +790,7 @@ def predict(model: StepModel, traffic: Traffic, limits: EngineLimits | None = No
         busy = min(max(batch.mean / max(1.0 - batch.idle, 1e-3), 1.0), slots)
         if rate * steps.prompt_ms > 0.5:
             binding = "compute"
-        mean, times, below = _first_token(
+        mean, scheduled, times, below = _first_token(
             engine, steps, batch, rate, busy, asynchronous=limits.async_scheduling
         )
         ttft = _percentiles(mean, times, below)
@@ -798,13 +804,14 @@ def predict(model: StepModel, traffic: Traffic, limits: EngineLimits | None = No
         idle = empty / (empty + rate * working)
         batch = _Batch(0.0, 0.0, idle, 0.0, 0.0)
         # Nothing stays in the engine from one step to the next, so none is composed ahead.
-        mean, times, below = _first_token(engine, steps, batch, rate, 0.0, asynchronous=False)
+        mean, scheduled, times, below = _first_token(engine, steps, batch, rate, 0.0, asynchronous=False)
         ttft = _percentiles(mean, times, below)
         tpot = decoding = _NOTHING
     return Prediction(
         ttft=ttft,
         tpot=tpot,
         e2e=_sum(ttft, decoding),
+        prefill_ms=scheduled,
         mean_batch=batch.mean,
         kv_use=min(batch.mean / room, 1.0),
         utilisation=load,

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from servingtiers.catalog.accelerators import accelerator
 from servingtiers.catalog.models import model
@@ -177,7 +177,7 @@ def _fit(rows: _Rows) -> RooflineConstants:
 
     def constants(theta: Array) -> RooflineConstants:
         values = np.exp(low + (high - low) / (1.0 + np.exp(-theta)))
-        named = {name: float(v) for (name, _, _), v in zip(_BOUNDS, values, strict=True)}
+        named: dict[str, Any] = {name: float(v) for (name, _, _), v in zip(_BOUNDS, values, strict=True)}
         return replace(DEFAULT_CONSTANTS, **named)
 
     def residual(theta: Array) -> Array:
