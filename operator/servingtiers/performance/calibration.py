@@ -96,11 +96,11 @@ class Calibration:
             return fresh
         try:
             stored = cls(
-                engine,
-                *(
-                    float(document[key])
-                    for key in ("decode_factor", "prefill_factor", "offset_ms", "requests")
-                ),
+                engine=engine,
+                decode_factor=float(document["decode_factor"]),
+                prefill_factor=float(document["prefill_factor"]),
+                offset_ms=float(document["offset_ms"]),
+                requests=float(document["requests"]),
                 outliers=int(document["outliers"]),
             )
         except (KeyError, TypeError, ValueError):

@@ -30,10 +30,20 @@ from servingtiers.performance.tables import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from servingtiers.catalog.accelerators import Accelerator
     from servingtiers.performance.profile import Profile
 
-__all__ = ["DoesNotFitError", "kv_capacity_tokens", "nearest_table", "scaled_grid", "step_model"]
+__all__ = [
+    "DoesNotFitError",
+    "corrected_grid",
+    "ideal_pair_ms",
+    "kv_capacity_tokens",
+    "nearest_table",
+    "scaled_grid",
+    "step_model",
+]
 
 DEFAULT_MEMORY_UTILIZATION = 0.9
 """Share of the device memory the shipped tables' engines were given (vLLM's --gpu-memory-utilization)."""
@@ -130,7 +140,7 @@ def step_model(
         found = GridStepModel(
             source=StepSource(SourceKind.PROFILE, profile.describe(), 5.0),
             kv_capacity_tokens=profile.kv_capacity_tokens or found.kv_capacity_tokens,
-            grid=grid_from_rows(profile.rows, ideal_pair_ms=_ideal_pair_ms(roofline)),
+            grid=grid_from_rows(profile.rows, ideal_pair_ms=ideal_pair_ms(roofline)),
             hull=hull_of(profile.rows),
         )
     elif memory_utilization != DEFAULT_MEMORY_UTILIZATION:
@@ -148,7 +158,8 @@ def step_model(
     return with_speculation(found, speculation) if speculation is not None else found
 
 
-def _ideal_pair_ms(roofline: Roofline) -> float:
+def ideal_pair_ms(roofline: Roofline) -> float:
+    """Return prompt attention per token pair at 100 % of the accelerator's peak, milliseconds."""
     return roofline.pair_ms * roofline.constants.mfu_attention
 
 
@@ -192,7 +203,12 @@ def _base(
 
 
 def nearest_table(
-    shape: ModelShape, accelerator: Accelerator, weights: str, tensor_parallel: int
+    shape: ModelShape,
+    accelerator: Accelerator,
+    weights: str,
+    tensor_parallel: int,
+    *,
+    leave_out: Callable[[TableKey], bool] = lambda _: False,
 ) -> StepTable | None:
     """Return the shipped table that resembles a configuration most, or None when none is near enough.
 
@@ -206,7 +222,7 @@ def nearest_table(
     best: tuple[float, TableKey] | None = None
     for key in table_keys():
         other = catalog_model(key.model)
-        if key.accelerator != accelerator.key or other.is_moe:
+        if key.accelerator != accelerator.key or other.is_moe or leave_out(key):
             continue
         if accelerator.interconnect.startswith("pcie") and (
             tensor_parallel != key.tensor_parallel and max(tensor_parallel, key.tensor_parallel) > 2
@@ -226,44 +242,48 @@ _NEAR = 2.5
 """Largest distance of a table that still corrects the roofline; beyond it the roofline stands alone."""
 
 
-def _corrected(table: StepTable, target: Roofline, capacity: int) -> GridStepModel:
-    """Return the roofline of a configuration, corrected by what it gets wrong on a like table."""
-    key = table.key
+def corrected_grid(table: StepTable, target: Roofline) -> StepGrid:
+    """Return a configuration's roofline, corrected by what the roofline gets wrong on a like table."""
     base = Roofline(
-        catalog_model(key.model),
+        catalog_model(table.key.model),
         target.accelerator,
-        constants_for(target.accelerator, key.weights)[0],
-        key.tensor_parallel,
-        key.weights,
-        key.kv_dtype,
+        constants_for(target.accelerator, table.key.weights)[0],
+        table.key.tensor_parallel,
+        table.key.weights,
+        table.key.kv_dtype,
     )
-    known = _from_table(table, base)
-    fitted = constants_for(target.accelerator, target.weights)
-    calibrated = not fitted[1]
-    band = max(2.0 * fitted[0].decode_error_percent, 2.0 * fitted[0].prefill_error_percent, 10.0)
+    return scaled_grid(_from_table(table, base).grid, base, target)
+
+
+def _corrected(table: StepTable, target: Roofline, capacity: int) -> GridStepModel:
+    constants, borrowed = constants_for(target.accelerator, target.weights)
+    band = max(2.0 * constants.decode_error_percent, 2.0 * constants.prefill_error_percent, 10.0)
+    if borrowed or target.kv_dtype != table.key.kv_dtype:
+        band = max(band, 30.0)
+    how = "borrowed" if borrowed else "fitted"
     return GridStepModel(
         source=StepSource(
-            SourceKind.ROOFLINE_CALIBRATED if calibrated else SourceKind.ROOFLINE_DEFAULT,
-            f"roofline {'fitted for' if calibrated else 'borrowed for'} {target.accelerator.key} {target.weights}, "
-            f"corrected by the {known.source.detail}",
-            band if calibrated and target.kv_dtype == key.kv_dtype else max(band, 30.0),
+            SourceKind.ROOFLINE_DEFAULT if borrowed else SourceKind.ROOFLINE_CALIBRATED,
+            f"roofline {how} for {target.accelerator.key} {target.weights}, corrected by the {_describe(table)}",
+            band,
         ),
         kv_capacity_tokens=capacity,
-        grid=scaled_grid(known.grid, base, target),
-        hull=known.hull,
+        grid=corrected_grid(table, target),
+        hull=hull_of(table.rows),
     )
+
+
+def _describe(table: StepTable) -> str:
+    key = table.key
+    return f"table of {key.model} {key.weights} on {key.tensor_parallel} x {key.accelerator}, {table.engine}"
 
 
 def _from_table(table: StepTable, roofline: Roofline) -> GridStepModel:
-    kind = "mixture of experts, unvalidated" if roofline.model.is_moe else "interpolated"
-    detail = (
-        f"table of {table.key.model} {table.key.weights} on {table.key.tensor_parallel} x {table.key.accelerator}, "
-        f"{table.engine}, {kind}"
-    )
+    detail = _describe(table) + (", mixture of experts, unvalidated" if roofline.model.is_moe else "")
     return GridStepModel(
         source=StepSource(SourceKind.TABLE, detail, 30.0 if roofline.model.is_moe else 10.0),
         kv_capacity_tokens=table.kv_capacity_tokens,
-        grid=grid_from_rows(table.rows, ideal_pair_ms=_ideal_pair_ms(roofline)),
+        grid=grid_from_rows(table.rows, ideal_pair_ms=ideal_pair_ms(roofline)),
         hull=hull_of(table.rows),
     )
 
