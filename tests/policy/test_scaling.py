@@ -194,6 +194,18 @@ def test_replicas_on_their_way_are_not_ordered_twice():
     assert again.desired == first.desired
 
 
+@pytest.mark.parametrize("facts", [pool(5, ready=2, pending=3), pool(5, settled_seconds=20.0)])
+@pytest.mark.parametrize("rps", [None, 1.0])
+def test_the_backlog_that_built_up_meanwhile_is_not_met_a_second_time(facts, rps):
+    """While replicas start, and until those that just started had a window to work it off."""
+    seen = load(facts.ready, running=20, waiting=900)
+    facts = replace(facts, rps_per_replica=rps)
+    assert one(observe(facts, seen, arrivals=3.0)).desired == 5
+    assert (
+        one(observe(replace(facts, ready=5, pending=0, settled_seconds=90.0), seen, arrivals=3.0)).desired > 5
+    )
+
+
 def test_arrivals_that_keep_growing_are_answered_while_replicas_start():
     facts = pool(5, ready=2, pending=3, rps_per_replica=1.0)
     assert one(observe(facts, load(2, running=20, waiting=60), arrivals=6.0)).desired == 8

@@ -42,7 +42,7 @@ BUCKETS = (
 START = 1_700_000_000.0
 TICK = 15.0
 WINDOW = 60.0
-STEP = 0.2
+STEP = 0.25
 """Seconds of the plant's own clock."""
 
 

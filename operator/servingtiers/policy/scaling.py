@@ -69,6 +69,7 @@ _QUIET_SECONDS = 3600.0
 """After such a scale-up nothing shrinks for so long: load that comes and goes keeps what its peaks need."""
 _DEFAULT_IDLE_SECONDS = 900.0
 _UNKNOWN_STARTUP_HOLD = 300.0
+_NO_LIMIT = 1_000_000
 _ASSUMED_STARTUP = 120.0
 """Start-up of an engine until one was seen, seconds."""
 
@@ -170,7 +171,6 @@ class _Capacity:
 
     rps: float
     source: str
-    modelled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,34 +232,27 @@ class _View:
         rate, seconds = self.load.request_rate, self.service_seconds
         return rate.value * seconds if isinstance(rate, Value) and seconds is not None else None
 
-    @property
-    def saturated(self) -> bool:
-        """Batches are full and more waits than replicas could take at once."""
-        running, waiting = number(self.load.running), number(self.load.waiting)
-        answered = min(self.load.coverage.answered, self.pool.ready)
-        if running is None or waiting is None or answered < 1 or self.pool.max_num_seqs <= 0:
-            return False
-        return waiting >= answered and running >= 0.8 * self.pool.max_num_seqs * answered
-
     def capacity(self) -> _Capacity | None:
         """Return what one replica carries.
 
-        The performance model's figure, lowered where saturated engines show that they do less; saturated engines
-        alone give a figure too, idle ones cannot. A full batch of ``n`` that takes ``s`` seconds to serve a request
-        does ``n/s`` requests per second, however short the rush has lasted.
+        The performance model's figure, lowered where engines that let requests wait, and so are full, show that they
+        do less; full engines alone give a figure too, others cannot. An engine with ``n`` requests in its batch that
+        each take ``s`` seconds does ``n/s`` requests per second, however short the rush has lasted.
         """
         measured = None
-        if self.saturated:
+        running, waiting = number(self.load.running), number(self.load.waiting)
+        answered = min(self.load.coverage.answered, self.pool.ready)
+        if running and waiting and answered > 0 and waiting >= answered:
             seconds, rate = self.service_seconds, self.load.request_rate
             if seconds is not None:
-                measured = self.pool.max_num_seqs / seconds
+                measured = running / answered / seconds
             elif isinstance(rate, Value) and self.settled(self.load.window):
-                measured = rate.value / min(self.load.coverage.answered, self.pool.ready)
+                measured = rate.value / answered
         model = self.pool.rps_per_replica
         if model is not None and model > 0 and (not measured or model <= measured):
-            return _Capacity(model, "the performance model", modelled=True)
+            return _Capacity(model, "the performance model")
         if measured:
-            return _Capacity(measured, "what the full engines do", modelled=model is not None)
+            return _Capacity(measured, "what the full engines do")
         return None
 
 
@@ -607,35 +600,30 @@ def _need_by_backlog(view: _View) -> Iterator[_Need]:
         return
     seen = f"{_figure(waiting.value)} requests wait (seen {_seconds(waiting.age)} ago), {limit} per replica are allowed"
     change = "A queue below the limit."
-    # Relative to what serves, so that the same queue never counts again while replicas start.
-    yield _Need(ready + 1, Binding.QUEUE, f"{seen}.", change)
-
-    # What was ordered answers the queue as it is: it may only call for more once that has had its time.
-    met_already = view.supply
-    if view.settled(view.load.window):
-        met_already = 0
+    # What was ordered answers the queue as it is: it may call for more only once that has had its time.
+    most = _NO_LIMIT if view.settled(view.load.window) else view.supply
+    yield _Need(min(ready + 1, most), Binding.QUEUE, f"{seen}.", change)
     capacity = view.capacity()
     rate = view.arrivals
     if capacity is not None and isinstance(rate, Value):
         drain = view.drain_seconds
         full = _ceil((rate.value + waiting.value / drain) / capacity.rps)
-        replicas = min(full, met_already) if met_already else full
         yield _Need(
-            replicas,
+            min(full, most),
             Binding.QUEUE,
             f"{seen}; {_figure(rate.value)}/s more arrive, one replica does {_figure(capacity.rps)}/s"
             f" ({capacity.source}): gone within {_seconds(drain)}.",
             change,
         )
-    if (
-        capacity is None or not capacity.modelled or not isinstance(rate, Value)
-    ) and view.pool.max_num_seqs > 0:
+    elif view.pool.max_num_seqs > 0:
         # Without arrivals or capacity the size of the need cannot be told: at most double, then look again.
         flight = waiting.value + (number(view.load.running) or 0.0)
         full = min(_ceil(flight / (view.manners.utilization * view.pool.max_num_seqs)), 2 * ready)
-        replicas = min(full, met_already) if met_already else full
         yield _Need(
-            replicas, Binding.QUEUE, f"{seen}; what a replica carries is not known: at most doubled.", change
+            min(full, most),
+            Binding.QUEUE,
+            f"{seen}; what a replica carries is not known: at most doubled.",
+            change,
         )
 
 
