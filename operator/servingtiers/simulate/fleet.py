@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from servingtiers.api.status import PoolMemory
 from servingtiers.core.decisions import PoolFacts, PoolRole, TierDecision, TierObservation, acts
-from servingtiers.core.signals import TierLoad
+from servingtiers.core.signals import Load, TierLoad
 from servingtiers.core.telemetry import PodTarget, PoolTargets, TierTargets
 from servingtiers.performance import engine_kernel as kernel
 from servingtiers.performance.engine_sim import PoolConfig, make_pool, make_requests
@@ -223,7 +223,7 @@ class Fleet:
         for tier in self._tiers:
             for pool in tier.pools:
                 for _ in range(pool.replicas):
-                    self._create(tier, pool, at_start=True)
+                    self._create(pool, at_start=True)
                 pool.set_members()
 
     # --- setting up ------------------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ class Fleet:
 
     # --- pods ------------------------------------------------------------------------------------------------
 
-    def _create(self, tier: _Tier, pool: _Pool, *, at_start: bool = False) -> None:
+    def _create(self, pool: _Pool, *, at_start: bool = False) -> None:
         if not pool.free:
             raise RuntimeError(
                 f"pool {pool.plan.name} has more pods at once than twice its maxReplicas: lower the drain timeout"
@@ -500,13 +500,13 @@ class Fleet:
     def _bind(self) -> None:
         """Give waiting pods the accelerators there are, oldest first."""
         waiting = [
-            (pod.serial, tier, pool, pod)
+            (pod.serial, pool, pod)
             for tier in self._tiers
             for pool in tier.pools
             for pod in pool.pods
             if pod.on_node is None and pod.leaving is None
         ]
-        for _, tier, pool, pod in sorted(waiting, key=lambda each: each[0]):
+        for _, pool, pod in sorted(waiting, key=lambda each: each[0]):
             self._bind_one(pool, pod)
 
     def _became_ready(self, pool: _Pool, pod: _Pod, restarts: int) -> None:
@@ -718,6 +718,19 @@ class Fleet:
     def observation(self, tier: _Tier) -> TierObservation:
         """Return what a policy is told of a tier now."""
         now = EPOCH + self.now
+        load = self._load(tier, now) if self.policy.reads_load else TierLoad()
+        facts = tuple(self._facts(pool, load.pools.get(pool.plan.name)) for pool in tier.pools)
+        return TierObservation(
+            key=tier.plan.key,
+            spec=tier.plan.spec,
+            targets=tier.plan.targets,
+            pools=facts,
+            load=load,
+            memory={pool.plan.name: pool.memory for pool in tier.pools},
+            watching_since=self._watching_since,
+        )
+
+    def _load(self, tier: _Tier, now: float) -> TierLoad:
         targets = []
         rows = []
         for pool in tier.pools:
@@ -736,37 +749,27 @@ class Fleet:
             pool.plan.name: pool.recorder.load(target, row, now=now, routers=router)
             for pool, target, row in zip(tier.pools, targets, rows, strict=True)
         }
-        facts = []
-        for pool in tier.pools:
-            serving = pool.serving
-            unschedulable = sum(pod.on_node is None and pod.leaving is None for pod in pool.pods)
-            staying = sum(pod.leaving is None for pod in pool.pods)
-            starts = [seconds for _, seconds in pool.started[-_STARTS_KEPT:]] or pool.memory.startup_seconds
-            since = [pod.ready_at for pod in serving if pod.ready_at is not None]
-            facts.append(
-                PoolFacts(
-                    name=pool.plan.name,
-                    role=pool.plan.role,
-                    scaling=pool.plan.scaling,
-                    replicas=pool.replicas,
-                    ready=len(serving),
-                    pending=max(staying - len(serving) - unschedulable, 0),
-                    unschedulable=unschedulable,
-                    terminating=sum(pod.leaving is not None for pod in pool.pods),
-                    max_num_seqs=pool.plan.engine.max_num_seqs,
-                    startup_seconds=median(starts) if starts else None,
-                    settled_seconds=max(0.0, self.now - max(since)) if since else None,
-                    rps_per_replica=pool.plan.belief.rps(loads[pool.plan.name]),
-                )
-            )
-        return TierObservation(
-            key=tier.plan.key,
-            spec=tier.plan.spec,
-            targets=tier.plan.targets,
-            pools=tuple(facts),
-            load=TierLoad(loads, router),
-            memory={pool.plan.name: pool.memory for pool in tier.pools},
-            watching_since=self._watching_since,
+        return TierLoad(loads, router)
+
+    def _facts(self, pool: _Pool, load: Load | None) -> PoolFacts:
+        serving = pool.serving
+        unschedulable = sum(pod.on_node is None and pod.leaving is None for pod in pool.pods)
+        staying = sum(pod.leaving is None for pod in pool.pods)
+        starts = [seconds for _, seconds in pool.started[-_STARTS_KEPT:]] or pool.memory.startup_seconds
+        since = [pod.ready_at for pod in serving if pod.ready_at is not None]
+        return PoolFacts(
+            name=pool.plan.name,
+            role=pool.plan.role,
+            scaling=pool.plan.scaling,
+            replicas=pool.replicas,
+            ready=len(serving),
+            pending=max(staying - len(serving) - unschedulable, 0),
+            unschedulable=unschedulable,
+            terminating=sum(pod.leaving is not None for pod in pool.pods),
+            max_num_seqs=pool.plan.engine.max_num_seqs,
+            startup_seconds=median(starts) if starts else None,
+            settled_seconds=max(0.0, self.now - max(since)) if since else None,
+            rps_per_replica=pool.plan.belief.rps(load),
         )
 
     def _decide(self) -> None:
@@ -812,7 +815,7 @@ class Fleet:
             pool.replicas = decision.desired
             if change > 0:
                 for _ in range(change):
-                    self._create(tier, pool)
+                    self._create(pool)
             else:
                 self._delete(tier, pool, -change)
         self._bind()

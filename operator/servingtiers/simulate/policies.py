@@ -92,6 +92,11 @@ class Policy(Protocol):
         """Seconds between :meth:`sample` calls; None: it needs none."""
         ...
 
+    @property
+    def reads_load(self) -> bool:
+        """Whether it reads the ``Load`` of its observations; where not, none is made and they are Unknown."""
+        ...
+
     def sample(self, readings: tuple[TierReadings, ...]) -> None:
         """Take note of metrics."""
         ...
@@ -116,6 +121,11 @@ class OperatorPolicy:
     def samples(self) -> float | None:
         """It reads the ``Load`` of its observations and nothing else."""
         return None
+
+    @property
+    def reads_load(self) -> bool:
+        """It does."""
+        return True
 
     def sample(self, readings: tuple[TierReadings, ...]) -> None:
         """Never called."""
