@@ -9,7 +9,8 @@ from click.testing import CliRunner
 
 from servingtiers.cli import main
 from servingtiers.performance.engine_sim import EngineConfig
-from servingtiers.performance.prediction import Replica, default_limits
+from servingtiers.performance.planner import default_limits
+from servingtiers.performance.prediction import Replica
 
 BASE = ["predict", "--model", "meta-llama/Llama-3.1-8B-Instruct", "--accelerator", "h100-sxm-80gb"]
 QUICK = ["--requests", "2000", "-o", "json"]

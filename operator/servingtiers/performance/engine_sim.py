@@ -132,6 +132,9 @@ class Result:
     preemptions: int
     steps: int
     output_tokens: int
+    queue_drift: float = 0.0
+    """Open loop: how much longer requests waited late in the run than early, over the time between: about 0 where
+    the engines keep up, about ``1 - capacity / load`` where they do not."""
     saturated: bool = False
     """The queue grows without bound (open loop), so the latencies are those of a run of this length only."""
 
@@ -349,7 +352,8 @@ def simulate(
         requests: Requests to simulate.
         seed: Seed of the random numbers.
         overhead_ms: Time from a request's arrival to the scheduler: HTTP, tokenizer, queues between processes.
-        warmup: Share of the requests, from the start, left out of the figures.
+        warmup: Share of the requests, from the start, left out of the figures; half as many at the end, when the
+            engines run empty.
         rounds: Closed loop only: requests each client sends in one run that begins with all clients at once and
             of which everything counts, as ``vllm bench serve`` does it; runs are repeated until there are
             ``requests``. None: one long run in its steady state.
@@ -387,7 +391,9 @@ def simulate(
 
 
 def _open_window(count: int, warmup: float) -> slice:
-    return slice(min(int(count * warmup), count - 1), count)
+    """The requests that count: without the start, and without the end, when the engines run empty."""
+    start = min(int(count * warmup), count - 1)
+    return slice(start, max(count - int(count * warmup / 2.0), start + 1))
 
 
 def simulate_disaggregated(
@@ -415,7 +421,7 @@ def simulate_disaggregated(
         requests: Requests to simulate.
         seed: Seed of the random numbers.
         overhead_ms: Time from a request's arrival to the prefill engine's scheduler.
-        warmup: Share of the requests, from the start, left out of the figures.
+        warmup: Share of the requests, from the start, left out of the figures; half as many at the end.
 
     Raises:
         ValueError: A request cannot fit a KV cache, or the workload is a closed loop.
@@ -537,7 +543,17 @@ def _summary(
         preemptions=int(requests.preempted.sum()),
         steps=totals.steps,
         output_tokens=int(requests.output.sum()),
+        queue_drift=_drift(arrival, queue),
     )
+
+
+def _drift(arrival: NDArray[np.float64], queue: NDArray[np.float64]) -> float:
+    quarter = len(arrival) // 4
+    if quarter == 0:
+        return 0.0
+    early, late = slice(quarter, 2 * quarter), slice(-quarter, None)
+    apart = float(arrival[late].mean() - arrival[early].mean())
+    return float(queue[late].mean() - queue[early].mean()) / max(apart, 1e-9)
 
 
 _QUANTILES = np.array([0.5, 0.9, 0.95, 0.99, 0.999])

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from servingtiers.performance.engine_sim import EngineConfig, PoolConfig, Result, simulate, sustainable_rate
+from servingtiers.performance.host import with_host_time
+from servingtiers.performance.planner import FRONT_END_MS, default_limits
 from servingtiers.performance.select import step_model
 
 if TYPE_CHECKING:
@@ -19,26 +21,10 @@ if TYPE_CHECKING:
     from servingtiers.performance.steps import GridStepModel
     from servingtiers.performance.workload import Workload
 
-__all__ = ["FRONT_END_MS", "ROUNDS", "Prediction", "Replica", "default_limits", "predict"]
+__all__ = ["ROUNDS", "Prediction", "Replica", "predict"]
 
-FRONT_END_MS = 1.0
-"""From a request's arrival to the scheduler: HTTP, tokenizer, the queue between vLLM's two processes. Hugging Face
-tokenizers do about a million tokens a second; what matters more than the exact value is that it is not 0, so that a
-client's next request misses the step composed when its last one was answered."""
 ROUNDS = 10
 """Requests a client sends in a closed-loop run: what InferenceX's and most recipes for ``vllm bench serve`` use."""
-
-
-def default_limits(gpu: Accelerator) -> tuple[int, int]:
-    """Return (``--max-num-seqs``, ``--max-num-batched-tokens``) as vLLM's API server sets them on an accelerator.
-
-    From ``EngineArgs`` of vLLM 0.32: by device memory, with the A100 among the small ones.
-    """
-    if gpu.memory_gib >= 160:
-        return 1024, 16384
-    if gpu.memory_gib >= 70 and not gpu.key.startswith("a100"):
-        return 1024, 8192
-    return 256, 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +44,16 @@ class Replica:
 
     def step_model(self) -> GridStepModel:
         """Its step model, from the best source there is."""
-        return step_model(
-            self.model,
-            self.accelerator,
-            tensor_parallel=self.tensor_parallel,
-            weights=self.weights,
-            kv_dtype=self.kv_dtype,
-            profile=self.profile,
-            speculation=self.speculation,
+        return with_host_time(
+            step_model(
+                self.model,
+                self.accelerator,
+                tensor_parallel=self.tensor_parallel,
+                weights=self.weights,
+                kv_dtype=self.kv_dtype,
+                profile=self.profile,
+                speculation=self.speculation,
+            )
         )
 
     def engine(self) -> EngineConfig:
