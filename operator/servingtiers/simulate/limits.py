@@ -20,7 +20,15 @@ from servingtiers.simulate.rivals.static import Scheduled, StaticReplicas
 from servingtiers.simulate.scenario import PoolPlan, Scenario, TierPlan, slo_of
 from servingtiers.simulate.scoring import Score, score
 
-__all__ = ["TARGET", "Clairvoyant", "StaticOptimal", "clairvoyant", "static_optimal"]
+__all__ = [
+    "TARGET",
+    "Clairvoyant",
+    "StaticOptimal",
+    "clairvoyant",
+    "clairvoyant_run",
+    "static_optimal",
+    "static_run",
+]
 
 TARGET = 0.01
 """Share of requests that may miss an objective."""
@@ -71,7 +79,7 @@ def static_optimal(
     def at(replicas: dict[Key, int]) -> Score:
         key = tuple(replicas.values())
         if key not in known:
-            known[key] = score(_fixed(scenario, replicas, seed))
+            known[key] = score(static_run(scenario, replicas, seed))
             if progress is not None:
                 progress()
         return known[key]
@@ -100,7 +108,8 @@ def static_optimal(
     return StaticOptimal(chosen, at(chosen), level, best.violations <= target)
 
 
-def _fixed(scenario: Scenario, replicas: dict[Key, int], seed: int) -> RunResult:
+def static_run(scenario: Scenario, replicas: dict[Key, int], seed: int) -> RunResult:
+    """Run a fixed fleet that is ready from the start."""
     tiers = tuple(
         replace(
             tier,
@@ -135,6 +144,8 @@ class Clairvoyant:
     """Runs of schedules that know the trace and every start-up."""
 
     scores: tuple[Score, ...] = field(default=())
+    settings: tuple[tuple[float, float], ...] = field(default=())
+    """(window, margin) behind each score; window 0: a constant schedule of so many replicas."""
 
     def gpu_hours(self, violations: float) -> float | None:
         """Return the fewest GPU-hours at which a schedule has at most so many violations; None where none has."""
@@ -160,7 +171,8 @@ def clairvoyant(
     The work that arrives, in replica-seconds by the plant's own capacity, is averaged over a window, multiplied by a margin
     and rounded up. Each replica beyond the others is then an interval in time; gaps between its intervals that are
     shorter than a start-up are filled (leaving would cost more than staying), and it is ordered its own start-up time ahead.
-    Windows and margins are swept; the lower envelope of (violations, GPU-hours) is the limit.
+    Windows and margins are swept, and constant schedules are tried too; the lower envelope of (violations, GPU-hours) is
+    the limit found: a better schedule may exist, a worse one is never reported.
 
     Args:
         scenario: What is simulated.
@@ -169,7 +181,15 @@ def clairvoyant(
         margins: Replicas per replica of work.
         smooth: Windows over which work is averaged, seconds.
     """
-    return Clairvoyant(tuple(_sweep(scenario, seed, progress, margins, smooth)))
+    found = list(_sweep(scenario, seed, progress, margins, smooth))
+    found.extend(_constant(scenario, seed, progress, found))
+    return Clairvoyant(tuple(each for each, _ in found), tuple(setting for _, setting in found))
+
+
+def clairvoyant_run(scenario: Scenario, seed: int, limit: Clairvoyant, chosen: Score) -> RunResult:
+    """Run one schedule of a sweep again, for its history."""
+    window, margin = limit.settings[limit.scores.index(chosen)]
+    return _scheduled(scenario, seed, window, margin)
 
 
 def _sweep(
@@ -178,32 +198,59 @@ def _sweep(
     progress: Callable[[], None] | None,
     margins: tuple[float, ...],
     smooth: tuple[float, ...],
-) -> Iterator[Score]:
-    demand = {
-        (tier.key, pool.name): _demand(scenario, tier, pool) for tier in scenario.tiers for pool in tier.pools
-    }
+) -> Iterator[tuple[Score, tuple[float, float]]]:
     for window in smooth:
         enough = 0
         for margin in margins:
-            plan: dict[Key, tuple[NDArray[np.float64], NDArray[np.int64]]] = {}
-            tiers = []
-            for tier in scenario.tiers:
-                initial = {}
-                for pool in tier.pools:
-                    need = _need(demand[tier.key, pool.name], window, margin, pool.scaling.max_replicas)
-                    times, orders, first = _orders(scenario, seed, need)
-                    plan[tier.key, pool.name] = times, orders
-                    initial[pool.name] = first
-                tiers.append(replace(tier, initial=initial))
-            aware = replace(scenario, tiers=tuple(tiers), metric_age=0.0)
-            found = score(run(aware, Scheduled(aware, plan, "clairvoyant", _BIN), seed))
+            found = score(_scheduled(scenario, seed, window, margin))
             if progress is not None:
                 progress()
-            yield found
+            yield found, (window, margin)
             # More margin only costs more once nearly nothing is violated.
             enough += found.violations < 0.001
             if enough >= 2:
                 break
+
+
+def _constant(
+    scenario: Scenario,
+    seed: int,
+    progress: Callable[[], None] | None,
+    found: list[tuple[Score, tuple[float, float]]],
+) -> Iterator[tuple[Score, tuple[float, float]]]:
+    """Yield fixed fleets of one pool that cost no more than the dearest schedule; on bursty short traces they can win."""
+    if len(scenario.tiers) != 1 or len(scenario.tiers[0].pools) != 1:
+        return
+    hours = scenario.seconds / 3600.0 * scenario.tiers[0].pools[0].gpus
+    most = scenario.tiers[0].pools[0].scaling.max_replicas
+    dearest = max(score.gpu_hours for score, _ in found)
+    good = 0
+    for replicas in range(max(1, math.floor(min(s.gpu_hours for s, _ in found) / hours)), most + 1):
+        if replicas * hours > dearest or good >= 2:
+            return
+        fixed = score(_scheduled(scenario, seed, 0.0, float(replicas)))
+        if progress is not None:
+            progress()
+        good += fixed.violations < 0.001
+        yield fixed, (0.0, float(replicas))
+
+
+def _scheduled(scenario: Scenario, seed: int, window: float, margin: float) -> RunResult:
+    plan: dict[Key, tuple[NDArray[np.float64], NDArray[np.int64]]] = {}
+    tiers = []
+    for tier in scenario.tiers:
+        initial = {}
+        for pool in tier.pools:
+            if window == 0.0:
+                times, orders, first = np.zeros(1), np.array([round(margin)]), round(margin)
+            else:
+                need = _need(_demand(scenario, tier, pool), window, margin, pool.scaling.max_replicas)
+                times, orders, first = _orders(scenario, seed, need)
+            plan[tier.key, pool.name] = times, orders
+            initial[pool.name] = first
+        tiers.append(replace(tier, initial=initial))
+    aware = replace(scenario, tiers=tuple(tiers), metric_age=0.0)
+    return run(aware, Scheduled(aware, plan, "clairvoyant", _BIN), seed)
 
 
 def _demand(scenario: Scenario, tier: TierPlan, pool: PoolPlan) -> NDArray[np.float64]:
