@@ -108,7 +108,7 @@ class Prediction:
     """What limits the engine first: ``compute``, ``max_num_seqs`` or ``kv_cache``."""
 
 
-_BINS = 56
+_BINS = 48
 """Bins of the grid on which latency distributions are added up."""
 
 
@@ -332,6 +332,7 @@ class _Batch(NamedTuple):
 
     mean: float
     variance: float
+    """Of the number of requests in the engine."""
     idle: float
     """Probability that nothing runs."""
     wait_probability: float
@@ -339,123 +340,128 @@ class _Batch(NamedTuple):
     """Mean wait for a slot of those that wait, ms."""
 
 
-def _tau(
-    engine: _Engine, rate: float, batch: float, correction: float, surplus: float
-) -> tuple[float, float]:
-    """Return the mean time of a step at a batch, and the time to compute a lone prompt."""
-    decode, bare = engine.decode_ms(batch)
-    length, count = engine.burst(engine.prompt, engine.pairs, batch, decode, bare)
-    share = rate * correction * (length - count * decode)
-    return decode / max(1.0 - share, 0.02) + surplus, length
+def _guess(engine: _Engine, rate: float, slots: float) -> float:
+    """Return the batch at which as many sequences come as go, by substitution from below, to a tenth or so."""
+    work, prompt, pairs = rate * engine.steps, engine.prompt, engine.pairs
+    batch = before = value = 0.0
+    for turn in range(4):
+        decode, bare = engine.decode_ms(max(batch, 1.0))
+        length, count = engine.burst(prompt, pairs, batch, decode, bare)
+        share = rate * (length - count * decode)
+        now = min(work * decode / (1.0 - share if share < 0.95 else 0.05), slots)
+        if now - batch < 0.03 * now or now >= slots:
+            return now
+        slope = (now - value) / (batch - before) if turn else 0.0
+        before, value = batch, now
+        # Aitken's step, held below the fixed point's far side.
+        batch = min(batch + (now - batch) / (1.0 - min(slope, 0.8)), slots)
+    return batch
+
+
+def _lattice() -> tuple[float, ...]:
+    """Return batch sizes: every one up to 6, then 18 % apart: closer than half a standard deviation up to 30."""
+    points = [float(size) for size in range(7)]
+    while points[-1] < 20_000.0:
+        apart = 0.18 if points[-1] < 30.0 else 0.12
+        points.append(float(ceil(points[-1] * (1.0 + apart))))
+    return tuple(points)
+
+
+_LATTICE = _lattice()
 
 
 def _batch(
-    engine: _Engine,
-    rate: float,
-    slots: float,
-    load: float,
-    correction: float,
-    surplus: float,
-    guess: float,
-    *,
-    guess_only: bool = False,
+    engine: _Engine, rate: float, slots: float, load: float, lone: float, shared: float, surplus: float
 ) -> _Batch:
-    """Solve the product form; see the module's text.
+    """Sum the product form; see the module's text.
+
+    ``P(b) = P(b-1)·λ·hold(b)/b`` up to the limit, where a request holds its slot for its decode steps and the step
+    of its prompt; beyond it a geometric tail with the load as its ratio. Sums over a lattice of sizes stand for sums over all
+    of them (Euler and Maclaurin's formula to first order, exact where the lattice has every size).
 
     Args:
         engine: The engine.
         rate: Requests per ms.
         slots: Largest batch.
         load: Share of the largest rate.
-        correction: What a prompt adds in truth over what a lone one adds (several share a step).
+        lone: What a lone prompt adds, ms.
+        shared: What a prompt adds on average less what a lone one adds (several share a step), ms.
         surplus: Time to add to each decode step, ms.
-        guess: Mean batch, to start from.
-        guess_only: Leave the limit of the batch out.
     """
-    work = rate * engine.steps
-    # The fixed point of a = λ·D·τ(a), by the secant through τ a standard deviation to either side; the product form
-    # is exact for that line. τ is convex, so a line that has no such point, or a negative one, lies too high.
-    at, gain = guess, 0.0
-    for _ in range(8):
-        deviation = sqrt(at + 1.0)
-        one = min(max(1.0, at - deviation), max(slots - 1.0, 1.0))
-        two = max(min(at + deviation, slots), one + 1.0)
-        tau_one = _tau(engine, rate, one, correction, surplus)[0]
-        slope = (_tau(engine, rate, two, correction, surplus)[0] - tau_one) / (two - one)
-        gain = min(max(work * slope, 0.0), 0.97)
-        level = tau_one - slope * one
-        if (gain >= 0.97 or level <= 0.0) and at > 1.0:
-            at *= 0.6
-            continue
-        before, at = at, min(max(work * level / (1.0 - gain), 0.0), slots)
-        if abs(at - before) < 0.05 * before:
-            break
-    mean = at + gain / (1.0 - gain)
-    variance = mean / (1.0 - gain)
-    busy = mean + rate * _tau(engine, rate, at, correction, surplus)[1]
-    idle = (1.0 - gain) ** ((1.0 - gain) * busy / gain) if gain > 1e-3 else exp(-busy)
-    if guess_only or busy + 4.5 * sqrt(variance) <= slots:
-        return _Batch(mean, variance, idle, 0.0, 0.0)
+    steps, prompt, pairs = engine.steps, engine.prompt, engine.pairs
+    # Sharing a step saves a share of what prompts cost; where a lone one costs next to nothing it adds instead.
+    ratio_shared = 1.0
+    if shared < 0.0:
+        ratio_shared, shared = (1.0 + shared / lone if lone > -shared else 0.0), 0.0
+    least = rate * (steps * engine.decode[0])
+    start = bisect_right(_LATTICE, min(least, slots) - 4.5 * sqrt(least + 1.0)) - 1
+    start = min(max(start, 0), bisect_left(_LATTICE, slots) - 1)
+    before = _LATTICE[start]
     # A slot does not wait for its own prompt: beside a full batch the prompts of the others interrupt it.
-    correction *= 1.0 - min(load, 1.0) / slots
-    return _limited(engine, rate, slots, load, correction, surplus, mean, variance)
-
-
-def _limited(
-    engine: _Engine,
-    rate: float,
-    slots: float,
-    load: float,
-    correction: float,
-    surplus: float,
-    mean: float,
-    variance: float,
-) -> _Batch:
-    """Return the batch where its limit is felt: the product form up to it and a geometric tail beyond it."""
-    steps = engine.steps
-    start = max(1.0, min(mean, slots) - 5.0 * sqrt(variance))
-    points = min(max(round(slots - start) + 1, 2), 24)
-    width = (slots - start) / (points - 1) if slots > start else 1.0
-    # τ on at most six points, linear between.
-    knots = [start + (slots - start) * share for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]
-    holds = []
-    for knot in knots:
-        tau, length = _tau(engine, rate, knot, correction, surplus)
-        holds.append(steps * tau + length)
-    level, before = 0.0, 0.0
-    mass: list[tuple[float, float]] = []
-    hold = holds[0]
-    for index in range(points):
-        size = start + index * width
-        place = min((size - start) / max(slots - start, 1e-9) * 5.0, 4.999)
-        low = int(place)
-        hold = holds[low] + (place - low) * (holds[low + 1] - holds[low])
-        slope = log(rate * hold / size)
-        if index:
-            level += width * (slope + before) / 2.0 if width > 1.01 else slope
-        elif start == 1.0:
-            mass.append((0.0, exp(-slope) / width))
-        before = slope
-        mass.append((size, exp(level)))
-    ratio = min(load, 0.995)
-    at_limit = mass[-1][1]
-    below = width * (sum(m for _, m in mass) - at_limit)
-    beyond = at_limit / (1.0 - ratio)
-    total = below + beyond
-    waiting = beyond / total
-    # Conditional wait: M/M/c exactly for exponential times; Cosmetatos for constant ones, Page between them.
-    servers = max(slots, 1.0)
-    constant = 0.5 * (
-        1.0 + (1.0 - ratio) * (servers - 1.0) * (sqrt(4.0 + 5.0 * servers) - 2.0) / (16.0 * ratio * servers)
-    )
-    spread = min(engine.service_cv**2, 4.0)
-    scale = spread + (1.0 - spread) * constant if spread < 1.0 else (1.0 + spread) / 2.0
-    wait = scale / rate * ratio / (1.0 - ratio)
-    holding = (width * sum(size * m for size, m in mass[:-1]) + slots * beyond) / total
-    share = 1.0 - _tau(engine, rate, slots, correction, surplus)[1] / holds[-1]
-    return _Batch(
-        holding * share, variance, mass[0][1] * width / total if start == 1.0 else 0.0, waiting, wait
-    )
+    own = rate * load / (slots * slots)
+    width_left, level, top, slope = 1.0, 0.0, 0.0, 0.0
+    if before > 0.0:
+        decode, bare = engine.decode_ms(before)
+        length, count = engine.burst(prompt, pairs, before, decode, bare)
+        share = (rate - own * before) * ((length - count * decode) * ratio_shared + shared)
+        busy = steps * (decode / (1.0 - share if share < 0.98 else 0.02) + surplus)
+        slope = log(rate * (busy + length) / before)
+    total = first = second = 0.0
+    mass = 1.0
+    zero = 1.0 if before == 0.0 else 0.0
+    index = start
+    decode_share = 1.0
+    while True:
+        index += 1
+        size = _LATTICE[index]
+        last = size >= slots
+        if last:
+            size = slots
+        width = size - before
+        weight = mass * (width_left + width) / 2.0
+        total += weight
+        first += weight * before
+        second += weight * before * before
+        decode, bare = engine.decode_ms(size)
+        length, count = engine.burst(prompt, pairs, size, decode, bare)
+        share = (rate - own * size) * ((length - count * decode) * ratio_shared + shared)
+        busy = steps * (decode / (1.0 - share if share < 0.98 else 0.02) + surplus)
+        hold = busy + length
+        decode_share = busy / hold
+        next_slope = log(rate * hold / size)
+        if before > 0.0:
+            level += width * (slope + next_slope) / 2.0 + (next_slope - slope) / 2.0
+        else:
+            level += next_slope
+        slope = next_slope
+        if level > top + 60.0:  # rescale, or a steep form would overflow
+            factor = exp(top - level)
+            total, first, second, zero = total * factor, first * factor, second * factor, zero * factor
+            top = level
+        mass = exp(level - top)
+        before, width_left = size, width
+        if last or (next_slope < 0.0 and mass * size < 1e-5 * total):
+            break
+    ratio = load
+    beyond = 0.0
+    if last:
+        # The limit itself counts for half a lattice step, and all states beyond it hold a full batch.
+        below = mass * (width_left - 1.0) / 2.0
+        beyond = mass / (1.0 - ratio)
+        total += below + beyond
+        first += (below + beyond) * slots
+        second += (below + beyond) * slots * slots
+    mean, waiting = first / total, beyond / total
+    variance = max(second / total - mean * mean, 0.0)
+    wait = 0.0
+    if waiting > 1e-9:
+        # Conditional wait: exact for exponential service; Cosmetatos's factor for constant one, Page's blend between.
+        constant = (1.0 - ratio) * (slots - 1.0) * (sqrt(4.0 + 5.0 * slots) - 2.0) / (16.0 * ratio * slots)
+        constant = 0.5 * (1.0 + constant)
+        spread = min(engine.service_cv**2, 4.0)
+        scale = spread + (1.0 - spread) * constant if spread < 1.0 else (1.0 + spread) / 2.0
+        wait = scale / rate * ratio / (1.0 - ratio)
+    return _Batch(mean * decode_share, variance, zero / total, waiting, wait)
 
 
 def _add(pmf: list[float], at: float, weight: float) -> None:
@@ -716,20 +722,19 @@ def _sum(one: Percentiles, two: Percentiles) -> Percentiles:
     Deviations from the mean add as squares, which is exact for normal terms and where one term is constant.
     """
     mean = one.mean + two.mean
-
-    def at(a: float, b: float) -> float:
-        a, b = a - one.mean, b - two.mean
-        size = sqrt(a * a + b * b)
-        return mean + (size if a + b >= 0.0 else -size)
-
-    return Percentiles(
-        mean,
-        at(one.p50, two.p50),
-        at(one.p90, two.p90),
-        at(one.p95, two.p95),
-        at(one.p99, two.p99),
-        at(one.p999, two.p999),
-    )
+    result, floor = [], 0.0
+    for a, b in (
+        (one.p50, two.p50),
+        (one.p90, two.p90),
+        (one.p95, two.p95),
+        (one.p99, two.p99),
+        (one.p999, two.p999),
+    ):
+        x, y = a - one.mean, b - two.mean
+        size = sqrt(x * x + y * y)
+        floor = max(floor, mean + size if x + y >= 0.0 else mean - size)
+        result.append(floor)
+    return Percentiles(mean, *result)
 
 
 def _per_token(
@@ -780,14 +785,25 @@ def predict(model: StepModel, traffic: Traffic, limits: EngineLimits | None = No
         slots, binding = max(room, 1.0), "kv_cache"
     largest = _largest_rate(engine, slots)
     load = rate / largest
+    rate = min(rate, _NEARLY_FULL * largest)
     if decode_steps:
-        guess = min(rate * decode_steps * engine.decode[0] / max(1.0 - load, 0.2), slots)
-        batch = _batch(engine, rate, slots, load, 1.0, 0.0, guess, guess_only=True)
-        busy = min(max(batch.mean / max(1.0 - batch.idle, 1e-3), 1.0), slots)
-        steps = _steps(engine, rate, busy, decode_steps)
-        correction = steps.prompt_ms / steps.lone_ms if steps.lone_ms > 1e-9 else 1.0
-        batch = _batch(engine, rate, slots, load, correction, steps.surplus_ms / decode_steps, batch.mean)
-        busy = min(max(batch.mean / max(1.0 - batch.idle, 1e-3), 1.0), slots)
+        busy = max(_guess(engine, rate, slots), 1.0)
+        for _ in range(3):
+            steps = _steps(engine, rate, busy, decode_steps)
+            lone = steps.lone_ms
+            batch = _batch(
+                engine,
+                rate,
+                slots,
+                min(load, _NEARLY_FULL),
+                lone,
+                steps.prompt_ms - lone,
+                steps.surplus_ms / decode_steps,
+            )
+            before = busy
+            busy = min(max(batch.mean / max(1.0 - batch.idle, 1e-3), 1.0), slots)
+            if abs(busy - before) <= 0.15 * busy + 1.0:
+                break
         if rate * steps.prompt_ms > 0.5:
             binding = "compute"
         mean, scheduled, times, below = _first_token(
@@ -822,6 +838,8 @@ def predict(model: StepModel, traffic: Traffic, limits: EngineLimits | None = No
 
 
 _DEFAULT_LIMITS = EngineLimits()
+_NEARLY_FULL = 0.995
+"""Share of the largest rate beyond which latencies are not resolved: they only say 'at least'."""
 
 
 def predict_disaggregated(
