@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from servingtiers import __version__
 from servingtiers.api.spec import OnShortage, ScalingMode, ServingTier
-from servingtiers.api.status import PoolMemory, ServingTierStatus
+from servingtiers.api.status import DecisionRecord, PoolMemory, ServingTierStatus
 from servingtiers.core import pin
 from servingtiers.core.config import OperatorConfig
 from servingtiers.core.decisions import Decision, PoolFacts, Targets, TierDecision, TierObservation, acts
@@ -32,14 +32,24 @@ from servingtiers.core.findings import Problem
 from servingtiers.core.pin import Pin
 from servingtiers.core.state import Event, JsonObject, Member, Observed, Plan, Ref, Verb, Write
 from servingtiers.facts import PoolView, pool_facts, startup_times, view_pool, view_router
-from servingtiers.policy import presets, problems, rollout, scaling
+from servingtiers.policy import capacity, presets, problems, rollout, scaling
 from servingtiers.render import ROUTER_POOL, engine, names, router, tier_objects
-from servingtiers.report import PoolReport, Remembered, TierReport, refused, report, worth_writing
+from servingtiers.report import (
+    PoolReport,
+    Remembered,
+    TierReport,
+    decision_history,
+    refused,
+    report,
+    worth_writing,
+)
 from servingtiers.report import events as report_events
 
 __all__ = ["FIELD_MANAGER", "plan"]
 
 FIELD_MANAGER: Final = "servingtiers"
+DECISION_ANNOTATION: Final = "servingtiers.io/decision"
+"""On a pool's Deployment: the latest decision that was carried out, as JSON."""
 _RECHECK_SECONDS: Final = 300.0
 _RECHECK_SOON: Final = 30.0
 
@@ -75,6 +85,7 @@ class _Accepted:
     router_hash: str
     router_view: PoolView
     targets: Targets
+    judged: capacity.Judgement
     observation: TierObservation
 
 
@@ -109,13 +120,17 @@ def plan(observed: Observed) -> Plan:
                 after = refused(look.tier, look.generation, look.problems, look.before, observed.now)
             case _Accepted():
                 decision = by_key[look.observation.key]
-                differences, replicas = _differences(look, decision, observed.config)
+                history = _history(look, decision, observed.now)
+                differences, replicas = _differences(look, decision, history, observed.config)
                 if differences.foreign or differences.waiting:
                     recheck = min(recheck, _RECHECK_SOON)
                 if not look.tier.spec.suspend:
                     writes += differences.writes
                 after = report(
-                    _seen(look, decision, differences, replicas), look.before, observed.config, observed.now
+                    _seen(look, decision, history, differences, replicas),
+                    look.before,
+                    observed.config,
+                    observed.now,
                 )
         events += report_events(look.member.raw, look.before.status, after.status)
         after, status_write = _status_write(look.member.raw, after, observed.now)
@@ -170,7 +185,8 @@ def _accept(
     pins = {name: pin.read(view.deployment) if view.deployment else None for name, view in views.items()}
     in_force = {s.name: _in_force(tier, s, pins[s.name]) for s in fresh.pools}
     settings = replace(fresh, pools=tuple(in_force[s.name] for s in fresh.pools))
-    memory = {pool.name: pool.memory or PoolMemory() for pool in before.status.pools}
+    known = {pool.name: pool.memory or PoolMemory() for pool in before.status.pools}
+    memory = {name: _remembered(known.get(name, PoolMemory()), view) for name, view in views.items()}
     pools = tuple(
         _pool(
             asked,
@@ -180,12 +196,13 @@ def _accept(
             fresh,
             pins[asked.name],
             views[asked.name],
-            memory.get(asked.name, PoolMemory()),
+            memory[asked.name],
             observed,
         )
         for asked, chosen in zip(pools_asked(tier.spec), fresh.pools, strict=True)
     )
     targets = presets.targets(tier.spec)
+    judged = capacity.judge(tier.spec, settings, targets, member.load)
     router_view = view_router(tier, member.objects, member.pods)
     router_template, router_hash = _router(tier, settings, router_view, config)
     return _Accepted(
@@ -199,16 +216,30 @@ def _accept(
         router_hash=router_hash,
         router_view=router_view,
         targets=targets,
+        judged=judged,
         observation=TierObservation(
             key=f"{tier.metadata.namespace}/{tier.metadata.name}",
             spec=tier.spec,
             targets=targets,
-            pools=tuple(pool.facts for pool in pools),
+            pools=tuple(
+                replace(pool.facts, rps_per_replica=judged.requests_per_second.get(pool.asked.name))
+                for pool in pools
+            ),
             load=member.load,
             memory=memory,
             watching_since=member.watching_since,
         ),
     )
+
+
+def _remembered(memory: PoolMemory, view: PoolView) -> PoolMemory:
+    """Return a pool's memory with the scaling that its Deployment tells of and the status does not, after a crash."""
+    record = _recorded(view.deployment) if view.deployment is not None else None
+    if record is None:
+        return memory
+    name = "last_scale_up" if record.to_replicas > record.from_replicas else "last_scale_down"
+    latest = max(record.time, getattr(memory, name) or record.time)
+    return memory.model_copy(update={name: latest})
 
 
 def _shortage(tier: ServingTier, views: Mapping[str, PoolView]) -> frozenset[str]:
@@ -302,8 +333,48 @@ def _router(
 # -- objects ---------------------------------------------------------------------------------------------------
 
 
+def _history(look: _Accepted, decision: TierDecision, now: float) -> tuple[DecisionRecord, ...]:
+    recorded = [
+        record
+        for pool in look.pools
+        if pool.view.deployment is not None and (record := _recorded(pool.view.deployment)) is not None
+    ]
+    return decision_history(
+        decision,
+        look.before.status.decisions,
+        recorded,
+        existing=frozenset(pool.asked.name for pool in look.pools if pool.view.deployment is not None),
+        acting=acts(look.tier.spec.scaling.mode, suspended=look.tier.spec.suspend) and not _rivals(look),
+        now=now,
+    )
+
+
+def _recorded(deployment: Mapping[str, Any]) -> DecisionRecord | None:
+    """Return the decision that a Deployment's replicas come from, as written on it."""
+    text = deployment["metadata"].get("annotations", {}).get(DECISION_ANNOTATION)
+    try:
+        return None if text is None else DecisionRecord.model_validate_json(text)
+    except ValidationError:
+        return None
+
+
+def _rivals(look: _Accepted) -> tuple[str, ...]:
+    """Return the HorizontalPodAutoscalers that target a pool which is ours to scale."""
+    if look.tier.spec.scaling.mode is ScalingMode.EXTERNAL:
+        return ()
+    found = (
+        _autoscaler_of(pool.view.deployment, look.member)
+        for pool in look.pools
+        if pool.view.deployment is not None
+    )
+    return tuple(sorted({name for name in found if name is not None}))
+
+
 def _differences(
-    look: _Accepted, decision: TierDecision, config: OperatorConfig
+    look: _Accepted,
+    decision: TierDecision,
+    history: tuple[DecisionRecord, ...],
+    config: OperatorConfig,
 ) -> tuple[Changes, dict[str, int | None]]:
     """Return the writes that bring the cluster in line, and the replicas that are sent."""
     decided = {d.pool: d for d in decision.decisions}
@@ -326,7 +397,12 @@ def _differences(
     pins[names.router_deployment(look.tier.metadata.name)] = Pin(
         look.router_hash, _written_by(look.router_view, look.router_template), look.router_template, None
     )
-    marked = [_marked(obj, pins) for obj in objects]
+    said = {
+        names.engine_deployment(look.tier.metadata.name, pool.asked.name): text
+        for pool in look.pools
+        if (text := _said(pool, history)) is not None
+    }
+    marked = [_marked(obj, pins, said) for obj in objects]
     found = changes(
         marked,
         [obj for obj in look.member.objects if obj["kind"] != "Pod"],
@@ -342,11 +418,24 @@ def _written_by(view: PoolView, template: JsonObject) -> str:
     return record.operator_version if record is not None and record.template == template else __version__
 
 
-def _marked(obj: JsonObject, pins: Mapping[str, Pin]) -> JsonObject:
+def _said(pool: _Pool, history: tuple[DecisionRecord, ...]) -> str | None:
+    """Return the decision to write on a pool's Deployment, together with the replicas it set."""
+    for record in history:
+        if record.pool == pool.asked.name and record.acted:
+            return record.model_dump_json(by_alias=True)
+    old: str | None = (
+        (pool.view.deployment or {}).get("metadata", {}).get("annotations", {}).get(DECISION_ANNOTATION)
+    )
+    return old
+
+
+def _marked(obj: JsonObject, pins: Mapping[str, Pin], said: Mapping[str, str]) -> JsonObject:
     if obj["kind"] != "Deployment":
         return obj
     meta = obj["metadata"]
     annotations = meta.get("annotations", {}) | {pin.PLAN_ANNOTATION: pin.annotation(pins[meta["name"]])}
+    if meta["name"] in said:
+        annotations[DECISION_ANNOTATION] = said[meta["name"]]
     return obj | {"metadata": meta | {"annotations": annotations}}
 
 
@@ -384,16 +473,14 @@ def _autoscaler_of(deployment: Mapping[str, Any], member: Member) -> str | None:
 
 
 def _seen(
-    look: _Accepted, decision: TierDecision, differences: Changes, replicas: Mapping[str, int | None]
+    look: _Accepted,
+    decision: TierDecision,
+    history: tuple[DecisionRecord, ...],
+    differences: Changes,
+    replicas: Mapping[str, int | None],
 ) -> TierReport:
     """Return what is known of a tier after a pass, for its status."""
     decided = {d.pool: d for d in decision.decisions}
-    owners = {
-        owner
-        for pool in look.pools
-        if pool.view.deployment is not None
-        and (owner := _autoscaler_of(pool.view.deployment, look.member)) is not None
-    }
     return TierReport(
         tier=look.tier,
         notes=look.notes,
@@ -412,14 +499,13 @@ def _seen(
         router=look.router_view,
         targets=look.targets,
         decided=decision,
-        feasibility=None,
-        plan=None,
+        feasibility=look.judged.feasibility,
+        plan=look.judged.plan,
+        decisions=history,
         load=look.member.load,
         load_elapsed=look.member.load_elapsed,
         foreign=differences.foreign,
-        replicas_owner=", ".join(f"HorizontalPodAutoscaler {owner}" for owner in sorted(owners)) or None
-        if look.tier.spec.scaling.mode is not ScalingMode.EXTERNAL
-        else None,
+        replicas_owner=", ".join(f"HorizontalPodAutoscaler {name}" for name in _rivals(look)) or None,
         failures=look.member.failures,
         startup_seconds={pool.asked.name: startup_times(pool.view) for pool in look.pools},
     )

@@ -32,7 +32,16 @@ from servingtiers.policy import attainment, conditions, cost, presets
 from servingtiers.policy.conditions import ConditionInput, PoolProgress
 from servingtiers.render import names
 
-__all__ = ["PoolReport", "Remembered", "TierReport", "events", "refused", "report", "worth_writing"]
+__all__ = [
+    "PoolReport",
+    "Remembered",
+    "TierReport",
+    "decision_history",
+    "events",
+    "refused",
+    "report",
+    "worth_writing",
+]
 
 _DECISIONS_KEPT: Final = 20
 _SAME_DECISION_SECONDS: Final = 60.0
@@ -80,6 +89,8 @@ class TierReport:
     decided: TierDecision
     feasibility: Feasibility | None
     plan: PlanStatus | None
+    decisions: tuple[DecisionRecord, ...]
+    """Newest first, with those of this pass."""
     load: TierLoad
     load_elapsed: float
     foreign: tuple[Ref, ...]
@@ -169,7 +180,7 @@ def report(seen: TierReport, before: Remembered, config: OperatorConfig, now: fl
         slo=list(attainment.report(tallies, measured)),
         throughput=_throughput(seen),
         cost=_cost(seen, config),
-        decisions=_decisions(seen, before.status.decisions, now),
+        decisions=list(seen.decisions),
     )
     return replace(before, status=status, tallies=tallies, incomplete_since=since)
 
@@ -370,9 +381,29 @@ def _cost(seen: TierReport, config: OperatorConfig) -> CostStatus:
 # -- decisions -------------------------------------------------------------------------------------------------
 
 
-def _decisions(seen: TierReport, before: Sequence[DecisionRecord], now: float) -> list[DecisionRecord]:
-    spec = seen.tier.spec
-    acting = acts(spec.scaling.mode, suspended=spec.suspend) and seen.replicas_owner is None
+def decision_history(
+    decided: TierDecision,
+    before: Sequence[DecisionRecord],
+    recorded: Sequence[DecisionRecord],
+    *,
+    existing: frozenset[str],
+    acting: bool,
+    now: float,
+) -> tuple[DecisionRecord, ...]:
+    """Return all decisions to be told, newest first.
+
+    Args:
+        decided: What was decided in this pass.
+        before: What the status tells.
+        recorded: What Deployments tell of themselves; it is written together with the replicas, so it survives an
+            operator that dies between that write and the status.
+        existing: Pools that have a Deployment: the first replicas of a pool are no decision.
+        acting: Whether decisions are carried out.
+        now: Unix time, seconds.
+    """
+    known = {_identity(record) for record in before}
+    lost = [record for record in recorded if _identity(record) not in known]
+    told = sorted([*lost, *before], key=lambda record: record.time, reverse=True)
     new = [
         DecisionRecord(
             time=to_time(now),
@@ -384,15 +415,15 @@ def _decisions(seen: TierReport, before: Sequence[DecisionRecord], now: float) -
             would_change=decision.would_change[:1024],
             acted=acting,
         )
-        for decision in seen.decided.decisions
-        if decision.desired != decision.current and _exists(seen, decision.pool)
+        for decision in decided.decisions
+        if decision.desired != decision.current and decision.pool in existing
     ]
-    fresh = [record for record in new if not _said_before(record, before, now)]
-    return [*fresh, *before][:_DECISIONS_KEPT]
+    fresh = [record for record in new if not _said_before(record, told, now)]
+    return tuple([*fresh, *told][:_DECISIONS_KEPT])
 
 
-def _exists(seen: TierReport, pool: str) -> bool:
-    return any(each.name == pool and each.view.deployment is not None for each in seen.pools)
+def _identity(record: DecisionRecord) -> tuple[str, str, int, bool]:
+    return record.time, record.pool, record.to_replicas, record.acted
 
 
 def _said_before(record: DecisionRecord, before: Sequence[DecisionRecord], now: float) -> bool:
@@ -414,7 +445,7 @@ def _conflict(ref: Ref) -> str:
 
 # -- writing ---------------------------------------------------------------------------------------------------
 
-_AT_ONCE = ("observed_generation", "endpoint", "effective", "plan", "decisions", "replicas")
+_AT_ONCE = ("observed_generation", "endpoint", "effective", "decisions", "replicas")
 
 
 def worth_writing(written: ServingTierStatus, new: Remembered, now: float) -> bool:
@@ -450,6 +481,7 @@ def _rounded_part(status: ServingTierStatus) -> list[Any]:
         [c.message for c in status.conditions],
         [(p.signals, p.memory) for p in status.pools],
         [(o.observed, o.attainment_percent, o.error_budget_left_percent, o.resolution) for o in status.slo],
+        status.plan,
         status.throughput,
         status.cost,
     ]
@@ -464,7 +496,7 @@ _TOLD = _ABNORMAL | {"Accepted", "Feasible", "Ready"}
 
 def events(tier: JsonObject, before: ServingTierStatus, after: ServingTierStatus) -> list[Event]:
     """Return what is worth an event: decisions and changes of a condition's status, never a tick."""
-    told = {(d.time, d.pool, d.to_replicas) for d in before.decisions}
+    told = {_identity(record) for record in before.decisions}
     found = [
         Event(
             tier,
@@ -473,7 +505,7 @@ def events(tier: JsonObject, before: ServingTierStatus, after: ServingTierStatus
             f"{record.pool}: {record.from_replicas} → {record.to_replicas} replicas: {record.reason}",
         )
         for record in reversed(after.decisions)
-        if (record.time, record.pool, record.to_replicas) not in told
+        if _identity(record) not in told
     ]
     old = {c.type: c.status for c in before.conditions}
     for condition in after.conditions:

@@ -80,6 +80,9 @@ class Namespace:
     def get(self, name: str = "chat") -> dict[str, Any]:
         return self.connection.request("GET", TIERS.format(namespace=self.name) + f"/{name}")
 
+    def tiers(self) -> list[dict[str, Any]]:
+        return self.connection.request("GET", TIERS.format(namespace=self.name))["items"]
+
     def patch(self, change: dict[str, Any], name: str = "chat", path: str = TIERS) -> dict[str, Any]:
         return self.connection.request(
             "PATCH",
@@ -142,10 +145,10 @@ async def controller(ring: ControlPlane, namespace: str, **options: Any) -> Asyn
 
 
 async def settle(made: Controller, namespace: str, *names: str, passes: int = 6) -> None:
-    """Relist and reconcile until a pass writes nothing."""
+    """Relist once, then reconcile until a pass writes nothing."""
+    await made.relist()
     for _ in range(passes):
         before = _writes(made)
-        await made.relist()
         for name in names:
             await made.reconcile((namespace, name))
         if _writes(made) == before:

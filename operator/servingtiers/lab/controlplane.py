@@ -14,6 +14,7 @@ import atexit
 import base64
 import contextlib
 import fcntl
+import functools
 import json
 import secrets
 import shutil
@@ -114,6 +115,12 @@ class AuditRecord:
     dry_run: bool
 
 
+@functools.lru_cache(maxsize=8)
+def _trusting(ca_file: Path) -> ssl.SSLContext:
+    """Return a TLS context; making one costs more than a request."""
+    return ssl.create_default_context(cafile=str(ca_file))
+
+
 @dataclass(frozen=True, slots=True)
 class Connection:
     """How to reach an API server as one user: small, synchronous, for set-up and assertions.
@@ -145,7 +152,7 @@ class Connection:
             data=None if body is None else json.dumps(body).encode(),
             headers={"Authorization": f"Bearer {self.token}", "Content-Type": content_type},
         )
-        context = ssl.create_default_context(cafile=str(self.ca_file))
+        context = _trusting(self.ca_file)
         try:
             with urllib.request.urlopen(request, timeout=timeout, context=context) as answer:  # noqa: S310
                 text = answer.read().decode()
