@@ -1,0 +1,246 @@
+"""Container images without a registry: Debian packages, the product's own Dockerfile, and three small ones.
+
+Images are built with Buildah in a store of their own and loaded into the node's containerd.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onenode import programs
+from onenode.places import Places
+from onenode.programs import say
+from servingtiers.lab.binaries import run_with_progress
+
+__all__ = ["BASE", "ENGINE", "OPERATOR", "PAUSE", "PROMETHEUS", "ROUTER", "Image", "Images"]
+
+ROOT = Path(__file__).parents[2]
+"""The repository."""
+_FILES = Path(__file__).parent.parent / "images"
+
+PAUSE = "localhost/pause:1"
+BASE = "localhost/python:3.11-bookworm"
+OPERATOR = "localhost/servingtiers/operator:e2e"
+ENGINE = "localhost/servingtiers/vllm-cpu:v0.32.0"
+ROUTER = "localhost/servingtiers/vllm-router:v0.1.17"
+PROMETHEUS = "localhost/prometheus:2"
+
+_SUITE = "bookworm"
+_PACKAGES = ("python3", "python3-venv", "python3-pip", "ca-certificates", "libnuma1")
+_DEBIAN = "http://deb.debian.org/debian"
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image that the node has."""
+
+    name: str
+    size_mib: float
+    """Size of the archive, uncompressed, MiB."""
+    seconds: float
+    """Time to build it now; 0 where it was cached."""
+
+
+class Images:
+    """Builds what is out of date and loads it into containerd."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._folder = places.cache / "images"
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    # -- tools --------------------------------------------------------------------------------------------
+
+    def _buildah(self, *arguments: str, doing: str | None = None, cwd: Path | None = None) -> str:
+        command = [
+            "buildah",
+            *("--root", str(self._folder / "store"), "--runroot", str(self._places.run / "buildah")),
+            *("--storage-driver", "overlay", *arguments),
+        ]
+        env = {**os.environ, "BUILDAH_ISOLATION": "chroot"}
+        if doing is not None:
+            run_with_progress(command, progress=say, doing=doing, env=env, cwd=cwd)
+            return ""
+        done = subprocess.run(command, env=env, cwd=cwd, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise programs.ProgramsError(f"buildah {arguments[0]}: {done.stderr.strip()}")
+        return done.stdout.strip()
+
+    def _archive(self, name: str) -> Path:
+        return self._folder / (name.rpartition("/")[2].replace(":", "-") + ".tar")
+
+    def _build(self, name: str, key: str, make: Sequence[str]) -> Image:
+        """Build ``name`` by ``buildah MAKE`` unless an archive for ``key`` is there; load it into the node."""
+        archive = self._archive(name)
+        stamp = archive.with_suffix(".key")
+        begun = time.monotonic()
+        fresh = archive.exists() and stamp.exists() and stamp.read_text() == key
+        if not fresh:
+            stamp.unlink(missing_ok=True)
+            archive.unlink(missing_ok=True)
+            self._buildah(*make, doing=f"building image {name}", cwd=ROOT)
+            self._buildah("push", name, f"docker-archive:{archive}:{name}", doing=f"writing image {name}")
+            stamp.write_text(key)
+        seconds = 0.0 if fresh else time.monotonic() - begun
+        self._load(name, archive, key)
+        return Image(name, archive.stat().st_size / 2**20, seconds)
+
+    def _load(self, name: str, archive: Path, key: str) -> None:
+        loaded = self._places.state / "images" / archive.with_suffix(".key").name
+        if loaded.exists() and loaded.read_text() == key:
+            return
+        subprocess.run(
+            [
+                *("ctr", "-a", str(self._places.containerd_socket), "-n", "k8s.io"),
+                *("images", "import", "--digests=false", str(archive)),
+            ],
+            check=True,
+            capture_output=True,
+        )
+        loaded.parent.mkdir(parents=True, exist_ok=True)
+        loaded.write_text(key)
+
+    @staticmethod
+    def _key(*parts: str, files: Iterable[Path] = ()) -> str:
+        digest = hashlib.sha256("\0".join(parts).encode())
+        for path in sorted(files):
+            digest.update(str(path).encode())
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+    # -- images -------------------------------------------------------------------------------------------
+
+    def pause(self) -> Image:
+        """Build the sandbox image: a static program that sleeps and reaps."""
+        source = _FILES / "pause.c"
+        with tempfile.TemporaryDirectory() as scratch:
+            binary = Path(scratch) / "pause"
+            subprocess.run(["gcc", "-Os", "-static", "-o", str(binary), str(source)], check=True)
+            shutil.copyfile(_FILES / "pause.Dockerfile", Path(scratch) / "Dockerfile")
+            return self._build(PAUSE, self._key(files=[source]), ["bud", "--tag", PAUSE, scratch])
+
+    def base(self) -> Image:
+        """Build the image that stands in for ``python:3-slim``: Debian with Python."""
+        rootfs = self._folder / "base-rootfs"
+        key = self._key(_SUITE, *_PACKAGES)
+        stamp = self._folder / "base-rootfs.key"
+        if not stamp.exists() or stamp.read_text() != key:
+            shutil.rmtree(rootfs, ignore_errors=True)
+            run_with_progress(
+                ["debootstrap", "--variant=minbase", f"--include={','.join(_PACKAGES)}", _SUITE, str(rootfs), _DEBIAN],
+                progress=say,
+                doing="putting Debian together",
+            )
+            for folder in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale"):
+                shutil.rmtree(rootfs / folder, ignore_errors=True)
+                (rootfs / folder).mkdir(parents=True)
+            (rootfs / "usr/bin/python").unlink(missing_ok=True)
+            (rootfs / "usr/bin/python").symlink_to("python3")
+            # Debian guards its Python against pip; in an image the guard is only in the way.
+            for guard in (rootfs / "usr/lib").glob("python3*/EXTERNALLY-MANAGED"):
+                guard.unlink()
+            stamp.write_text(key)
+        shutil.copyfile(_FILES / "base.Dockerfile", self._folder / "base.Dockerfile")
+        return self._build(
+            BASE, key, ["bud", "--tag", BASE, "-f", str(self._folder / "base.Dockerfile"), str(rootfs)]
+        )
+
+    def operator(self) -> Image:
+        """Build the product's image from the product's own Dockerfile, on our base."""
+        sources = [
+            ROOT / "Dockerfile",
+            ROOT / "pyproject.toml",
+            *(ROOT / "requirements").glob("*.txt"),
+            *(path for path in (ROOT / "operator").rglob("*") if path.is_file() and "__pycache__" not in path.parts),
+        ]
+        # Inside the build the package index is reached as it is from here.
+        passed = [f"--env={name}" for name in ("PIP_INDEX_URL", "PIP_CERT", "SSL_CERT_FILE") if name in os.environ]
+        bundle = os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt")
+        return self._build(
+            OPERATOR,
+            self._key(BASE, files=sources),
+            [
+                *("bud", "--tag", OPERATOR, "--build-arg", f"BASE_IMAGE={BASE}", "--network", "host", *passed),
+                *("--volume", f"{bundle}:{bundle}:ro", "--pull=false", "-f", str(ROOT / "Dockerfile"), str(ROOT)),
+            ],
+        )
+
+    def engine(self) -> Image:
+        """Build the engine's image: a shim, because the runtime mounts the 6 GB environment from the node."""
+        programs.engine(self._places)
+        files = [_FILES / "engine.Dockerfile", _FILES / "vllm"]
+        return self._build(
+            ENGINE,
+            self._key(BASE, files=files),
+            [
+                *("bud", "--tag", ENGINE, "--build-arg", f"BASE_IMAGE={BASE}", "--pull=false"),
+                *("-f", str(files[0]), str(_FILES)),
+            ],
+        )
+
+    def router(self) -> Image:
+        """Build the image of vllm-router."""
+        site = next((programs.router() / "lib").glob("python3*")) / "site-packages"
+        files = [_FILES / "router.Dockerfile", _FILES / "vllm-router"]
+        with tempfile.TemporaryDirectory(dir=self._folder) as scratch:
+            context = Path(scratch)
+            key = self._key(BASE, str(site), files=files)
+            shutil.copytree(site, context / "site-packages", ignore=shutil.ignore_patterns("pip", "__pycache__"))
+            for path in files:
+                shutil.copy2(path, context / path.name)
+            return self._build(
+                ROUTER,
+                key,
+                [
+                    *("bud", "--tag", ROUTER, "--build-arg", f"BASE_IMAGE={BASE}", "--pull=false"),
+                    *("-f", str(context / "router.Dockerfile"), str(context)),
+                ],
+            )
+
+    def prometheus(self) -> Image:
+        """Build an image of Debian's Prometheus."""
+        program = shutil.which("prometheus")
+        if program is None:
+            raise programs.ProgramsError("prometheus is not installed: apt-get install prometheus")
+        with tempfile.TemporaryDirectory(dir=self._folder) as scratch:
+            context = Path(scratch)
+            shutil.copy2(program, context / "prometheus")
+            shutil.copyfile(_FILES / "prometheus.Dockerfile", context / "Dockerfile")
+            key = self._key(BASE, str(Path(program).stat().st_size), files=[_FILES / "prometheus.Dockerfile"])
+            return self._build(
+                PROMETHEUS,
+                key,
+                ["bud", "--tag", PROMETHEUS, "--build-arg", f"BASE_IMAGE={BASE}", "--pull=false", str(context)],
+            )
+
+
+def model(places: Places) -> Path:
+    """Return the folder of the tiny random model, made by the engine's own libraries where it is not there yet."""
+    folder = places.model / "tiny"
+    if not folder.exists():
+        places.model.mkdir(parents=True, exist_ok=True)
+        script = Path(__file__).parent.parent / "tools" / "make_tiny_model.py"
+        python = programs.engine(places) / "bin" / "python"
+        run_with_progress(
+            [str(python), str(script), str(folder)],
+            progress=say,
+            doing="making a tiny model",
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        # Engines run as another user.
+        for path in (places.model, folder, *folder.iterdir()):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    return folder
+
+
+if sys.platform != "linux":
+    raise ImportError("a node needs Linux: use kind, or an existing cluster by KUBECONFIG")
