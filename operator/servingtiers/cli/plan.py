@@ -202,6 +202,7 @@ def _demand(flags: dict[str, Any], document: Any) -> Demand:
 
 def _constraints(flags: dict[str, Any], document: Any) -> Constraints:
     from servingtiers.catalog.accelerators import accelerator, accelerators
+    from servingtiers.catalog.models import WEIGHT_BYTES
     from servingtiers.performance.planner import BATCH_LIMITS, TAIL_MARGIN, Constraints
 
     prices = {}
@@ -214,6 +215,9 @@ def _constraints(flags: dict[str, Any], document: Any) -> Constraints:
     limits = tuple(sorted(set(flags["max_num_seqs"])))
     if any(not 1 <= limit <= 4096 for limit in limits):
         raise ValueError(f"--max-num-seqs {limits[0] if limits[0] < 1 else limits[-1]}: use 1 to 4096")
+    for dtype in flags["weights"]:
+        if dtype not in WEIGHT_BYTES:
+            raise ValueError(f"unknown weights data type {dtype!r}: use one of {', '.join(WEIGHT_BYTES)}")
     sizes = tuple(sorted(set(flags["tensor_parallel"])))
     if any(size < 1 for size in sizes):
         raise ValueError(f"--tensor-parallel {sizes[0]}: use 1, 2, 4 or 8")

@@ -346,7 +346,7 @@ def _traffic(demand: Demand, role: Role, rate: float) -> Traffic:
         return replace(traffic, output_tokens=1.0, output_cv=0.0)
     if role is Role.DECODE:
         # All of the prompt but its last token comes with the KV cache.
-        return replace(traffic, prefix_hit_rate=1.0)
+        return replace(traffic, prefix_hit_rate=1.0, prompt_cv=0.0)
     return traffic
 
 

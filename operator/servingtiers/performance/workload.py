@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["ArrivalKind", "Arrivals", "Workload", "length_cv_from_p95"]
+__all__ = ["MOST_LENGTH_CV", "ArrivalKind", "Arrivals", "Workload", "length_cv_from_p95"]
 
 
 class ArrivalKind(StrEnum):
@@ -97,11 +97,16 @@ class Workload:
             )
 
 
-def length_cv_from_p95(mean: float, p95: float) -> float:
-    """Coefficient of variation of the log-normal with this mean and 95th percentile.
+MOST_LENGTH_CV = 2.0
+"""Public traces of prompts and answers have coefficients of variation of 0.5 to about 2."""
 
-    With ``z = 1.645`` and log-normal spread ``σ``: ``p95 / mean = exp(zσ - σ²/2)``; the smaller root for σ. The
-    ratio cannot exceed ``exp(z²/2) = 3.87``; above that the spread at the maximum is returned.
+
+def length_cv_from_p95(mean: float, p95: float) -> float:
+    """Coefficient of variation of the log-normal with this mean and 95th percentile, at most 2.
+
+    With ``z = 1.645`` and log-normal spread ``σ``: ``p95 / mean = exp(zσ - σ²/2)``; the smaller root for σ. Two
+    numbers do not say how heavy the tail beyond the second is; near the largest ratio there is (3.87) the
+    log-normal's would be absurd (p99 at three times p95), hence the bound.
 
     Args:
         mean: Mean length, tokens.
@@ -111,4 +116,4 @@ def length_cv_from_p95(mean: float, p95: float) -> float:
         return 0.0
     z = 1.6448536269514722
     spread = z - math.sqrt(max(z * z - 2.0 * math.log(p95 / mean), 0.0))
-    return math.sqrt(math.expm1(spread * spread))
+    return min(math.sqrt(math.expm1(spread * spread)), MOST_LENGTH_CV)

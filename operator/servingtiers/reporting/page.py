@@ -124,8 +124,8 @@ class Figure:
 
 
 def _json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
+    """JSON that cannot end the script element it stands in, nor begin another."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
 
 
 @dataclass(frozen=True, slots=True)

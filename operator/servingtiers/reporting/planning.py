@@ -29,7 +29,7 @@ CHOICE_COLUMNS = (
     "$/hour",
     "$/1M output",
     "GPUs",
-    "batch",
+    "batch limit",
     "TTFT p99",
     "TPOT p99",
     "E2E p99",
@@ -75,17 +75,17 @@ def plan_page(plans: Sequence[tuple[str, Plan]], constraints: Constraints) -> st
         constraints: What was chosen from; its prices are used for the cost figure.
     """
     demand = plans[0][1].demand
-    models = sorted({choice.model.name for _, plan in plans for choice in plan.choices})
+    models = list(dict.fromkeys(choice.model.name for _, plan in plans for choice in plan.choices))
     sections: list[tuple[str, list[Text | Table | Figure]]] = []
     for heading, plan in plans:
         parts: list[Text | Table | Figure] = [
             Text(plan.verdict[0].upper() + plan.verdict[1:] + ".", "good" if plan.feasible else "bad")
         ]
         if plan.choices:
-            cells = [choice_cells(c, with_model=len(models) > 1) for c in plan.choices[:12]]
+            cells = [choice_cells(c, with_model=len(models) > 1) for c in plan.choices[:8]]
             parts.append(Table(CHOICE_COLUMNS, cells, frozenset({"fleet", "bound by"})))
         elif plan.rejections:
-            rows = [(r.what, r.reason) for r in plan.rejections[:12]]
+            rows = [(r.what, r.reason) for r in plan.rejections[:8]]
             parts.append(Table(("option", "why not"), rows, frozenset({"option", "why not"})))
         sections.append((heading, parts))
     options = _shown_options([plan for _, plan in plans], constraints)
@@ -102,7 +102,7 @@ def plan_page(plans: Sequence[tuple[str, Plan]], constraints: Constraints) -> st
         f"{constraints.spare} spare replica(s) per pool; TTFT p99 is held against the objective × {constraints.tail_margin:g}.",
         sections=sections,
         footer=f"USD per accelerator and hour: {prices}. "
-        + " · ".join(sorted({p.source for _, plan in plans for c in plan.choices[:12] for p in c.pools})),
+        + " · ".join(sorted({p.source for _, plan in plans for c in plan.choices[:8] for p in c.pools})),
     ).html()
 
 
@@ -179,8 +179,8 @@ def _figures(
         cost,
         {
             "height": 430,
-            "xaxis": {"title": {"text": "TTFT p99, ms (before the margin)"}, "type": "log"},
-            "yaxis": {"title": {"text": "USD per 1M output tokens, fully loaded replica"}, "type": "log"},
+            "xaxis": {"title": {"text": "TTFT p99, ms (before the margin)"}, **_log_axis()},
+            "yaxis": {"title": {"text": "USD per 1M output tokens"}, **_log_axis()},
             "shapes": _line("x", lines["ttft"] and lines["ttft"] / constraints.tail_margin),
             "annotations": _note(
                 "x", lines["ttft"] and lines["ttft"] / constraints.tail_margin, "objective / margin"
@@ -210,6 +210,12 @@ def _figures(
     if plan.choices:
         sections.append(("Cost of the fleets", [_bars(plan)]))
     return sections
+
+
+def _log_axis() -> dict[str, Any]:
+    """A logarithmic axis labelled by 1, 2, 5 and their multiples of ten."""
+    values = [step * 10.0**power for power in range(-4, 7) for step in (1, 2, 5)]
+    return {"type": "log", "tickvals": values, "ticktext": [f"{value:g}" for value in values]}
 
 
 def _pareto(points: Sequence[tuple[float, float]]) -> dict[str, Any]:

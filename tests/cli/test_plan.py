@@ -1,0 +1,258 @@
+"""``servingtiers plan``: what it answers, in every form, and wrong input that names its mend."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from servingtiers.api.spec import ServingTier
+from servingtiers.cli import main
+
+MODEL = "meta-llama/Llama-3.1-8B-Instruct"
+BASE = ["plan", "--model", MODEL]
+CHAT = ["--rate", "50", "--slo", "ttft.p99=500ms", "--slo", "tpot.p99=50ms"]
+FEW = ["--accelerator", "h100", "--accelerator", "a100", "--tensor-parallel", "1"]
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    """Run the command and return what it printed."""
+    result = CliRunner().invoke(main, [*BASE, *arguments])
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+def test_json_ranks_fleets_by_cost() -> None:
+    """Every fleet says what it is, what it costs, what binds it and where its numbers come from."""
+    answer = json.loads(run(*CHAT, *FEW, "-o", "json"))
+
+    assert answer["feasible"] is True
+    costs = [choice["costPerHour"] for choice in answer["choices"]]
+    assert costs == sorted(costs)
+    first = answer["choices"][0]
+    assert first["confirmedBySimulation"] is True
+    assert first["ttftMs"]["p99"] * 1.4 <= 500
+    assert first["tpotMs"]["p99"] <= 50
+    assert first["pools"][0]["replicas"] == first["pools"][0]["replicasNeeded"] + 1
+    assert first["binding"]
+    assert first["bandPercent"] > 0
+    assert "table" in first["pools"][0]["source"]
+
+
+def test_the_thousand_qps_question_has_three_answers_in_one_command() -> None:
+    """As end-to-end nothing can do it; as TTFT it is a fleet of a sane size; the third reading adds TPOT."""
+    answer = json.loads(run("--rate", "1000", "--p99", "200ms", *FEW, "-o", "json"))["readings"]
+
+    whole, first, both = answer
+    assert whole["feasible"] is False
+    assert "idle 1 x h100-sxm-80gb fits" in whole["verdict"]
+    assert 24 <= int(re.search(r"fits (\d+) output", whole["verdict"])[1]) <= 32
+    assert whole["nearestFeasible"][0]["targetMs"] > 200
+    assert whole["nearestChoice"]["costPerHour"] > 0
+    needed = {c["pools"][0]["accelerator"]: c["pools"][0]["replicasNeeded"] for c in first["choices"]}
+    assert 15 <= needed["h100-sxm-80gb"] <= 26
+    assert both["feasible"] is True
+    assert both["choices"][0]["costPerHour"] >= first["choices"][0]["costPerHour"]
+
+
+def test_the_table_is_read_by_people() -> None:
+    """The verdict comes first; the source of the first fleet is named."""
+    text = run(*CHAT, *FEW)
+
+    assert text.splitlines()[1].startswith("feasible: ")
+    assert "$/hour" in text
+    assert "source of the first: " in text
+
+
+def test_yaml_is_a_serving_tier_that_asks_for_the_plan() -> None:
+    """What is printed validates against the API and names accelerator, parallelism and batch."""
+    document = yaml.safe_load(run(*CHAT, *FEW, "--name", "chat", "-o", "yaml"))
+    tier = ServingTier.model_validate(document)
+
+    assert tier.metadata.name == "chat"
+    assert tier.spec.model.name == "meta-llama/Llama-3.1-8B"
+    assert tier.spec.slo is not None
+    assert tier.spec.slo.ttft is not None
+    assert tier.spec.slo.ttft.p99 == "500ms"
+    assert tier.spec.pool is not None
+    assert tier.spec.pool.hardware.accelerators == ["h100-sxm-80gb"]
+    assert tier.spec.pool.engine.max_num_seqs is not None
+    assert tier.spec.workload is not None
+    assert tier.spec.workload.requests_per_second == "50"
+
+
+def test_a_printed_tier_can_be_planned_again(tmp_path) -> None:
+    """-f reads what -o yaml wrote, and comes to the same fleet."""
+    first = run(*CHAT, *FEW, "-o", "yaml")
+    path = tmp_path / "tier.yaml"
+    path.write_text(first, encoding="utf-8")
+
+    result = CliRunner().invoke(main, ["plan", "-f", str(path), "-o", "yaml"])
+
+    assert result.exit_code == 0, result.output
+    assert yaml.safe_load(result.stdout)["spec"] == yaml.safe_load(first)["spec"]
+
+
+def test_a_tier_s_own_words_are_kept(tmp_path) -> None:
+    """What the plan does not decide stays as it was written; flags override the file."""
+    path = tmp_path / "tier.yaml"
+    path.write_text(
+        """
+apiVersion: servingtiers.io/v1alpha1
+kind: ServingTier
+metadata: {name: chat, namespace: llm}
+spec:
+  tier: Latency
+  model: {name: meta-llama/Llama-3.1-8B-Instruct, servedName: chat}
+  workload: {requestsPerSecond: "20", promptTokens: {mean: 512, p95: 2048}, outputTokens: {mean: 128, p95: 512}}
+  pool:
+    hardware: {accelerators: [h100-sxm-80gb], tensorParallel: 1}
+    scaling: {minReplicas: 2, maxReplicas: 30}
+  drainTimeout: 90s
+""",
+        encoding="utf-8",
+    )
+
+    result = CliRunner().invoke(main, ["plan", "-f", str(path), "--rate", "30", "-o", "yaml"])
+
+    assert result.exit_code == 0, result.output
+    spec = yaml.safe_load(result.stdout)["spec"]
+    assert spec["model"] == {"name": MODEL, "servedName": "chat"}
+    assert spec["drainTimeout"] == "90s"
+    assert spec["pool"]["hardware"] == {"accelerators": ["h100-sxm-80gb"], "tensorParallel": 1}
+    assert spec["pool"]["scaling"]["minReplicas"] == 2
+    # No SLO in the file: the Latency tier's own.
+    answer = json.loads(CliRunner().invoke(main, ["plan", "-f", str(path), "-o", "json"]).stdout)
+    assert [o["targetMs"] for o in answer["objectives"]] == [500.0, 50.0]
+
+
+def test_a_disaggregated_tier_is_planned_pool_by_pool(tmp_path) -> None:
+    """Each role keeps to its own accelerators, and the YAML has both pools."""
+    path = tmp_path / "tier.yaml"
+    path.write_text(
+        """
+apiVersion: servingtiers.io/v1alpha1
+kind: ServingTier
+metadata: {name: chat}
+spec:
+  tier: Balanced
+  model: {name: meta-llama/Llama-3.1-8B-Instruct}
+  workload: {requestsPerSecond: "20", promptTokens: {mean: 1000, p95: 1000}, outputTokens: {mean: 100, p95: 100}}
+  disaggregation:
+    prefill: {hardware: {accelerators: [a100-sxm-80gb]}}
+    decode: {hardware: {accelerators: [h100-sxm-80gb]}}
+""",
+        encoding="utf-8",
+    )
+
+    result = CliRunner().invoke(main, ["plan", "-f", str(path), "-o", "yaml"])
+
+    assert result.exit_code == 0, result.output
+    pools = yaml.safe_load(result.stdout)["spec"]["disaggregation"]
+    assert pools["prefill"]["hardware"]["accelerators"] == ["a100-sxm-80gb"]
+    assert pools["decode"]["hardware"]["accelerators"] == ["h100-sxm-80gb"]
+
+
+def test_html_is_one_self_contained_page() -> None:
+    """No network is needed to read it, and it follows the reader's colour scheme."""
+    page = run(*CHAT, *FEW, "-o", "html")
+
+    assert page.startswith("<!doctype html>")
+    assert "prefers-color-scheme: dark" in page
+    assert not re.search(r'<(script|link|img)[^>]+(src|href)="https?:', page)
+    assert "Pareto front" in page
+    assert page.count("figure('figure") == 3
+
+
+def test_infeasible_is_a_verdict_and_an_exit_code_of_its_own() -> None:
+    """Scripts tell it from wrong input, which is 2."""
+    text = run("--rate", "10", "--slo", "e2e.p99=100ms", *FEW, code=3)
+
+    assert "infeasible at any number of replicas" in text
+    assert "nearest feasible: E2E p99" in text
+
+
+def test_prices_and_models_compete() -> None:
+    """An override of a price, and a smaller model, each change the winner."""
+    cheap = json.loads(run(*CHAT, *FEW, "--price", "a100=0.01", "-o", "json"))
+    small = json.loads(run(*CHAT, *FEW, "--model", "meta-llama/Llama-3.2-1B", "-o", "json"))
+
+    assert cheap["choices"][0]["pools"][0]["accelerator"] == "a100-sxm-80gb"
+    assert small["choices"][0]["model"] == "meta-llama/Llama-3.2-1B"
+
+
+def test_throughput_without_objectives_is_the_cheapest_token() -> None:
+    """No SLO: bound by what the engines sustain."""
+    answer = json.loads(run("--rate", "50", *FEW, "-o", "json"))
+
+    assert answer["choices"][0]["binding"].startswith("throughput")
+
+
+def test_a_plan_over_every_accelerator_takes_two_seconds_at_most() -> None:
+    """Once the compiled code is loaded; the bound of the product's promise."""
+    run(*CHAT, *FEW)
+    begin = time.process_time()
+    run("--rate", "37", "--slo", "ttft.p99=700ms", "--slo", "tpot.p99=60ms", "--prompt-tokens", "777")
+
+    assert time.process_time() - begin < 2.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mend"),
+    [
+        ([], "--rate is missing"),
+        (["--rate", "0"], "above 0"),
+        (["--rate", "x"], "not a valid float"),
+        (["--rate", "1", "--slo", "ttft=1s"], "write it like ttft.p99=500ms"),
+        (["--rate", "1", "--slo", "ttft.p98=1s"], "write it like"),
+        (["--rate", "1", "--slo", "ttft.p99=fast"], "write it like 200ms"),
+        (["--rate", "1", "--slo", "ttft.p99=0ms"], "write it like 200ms"),
+        (["--rate", "1", "--p99", "1s", "--slo", "ttft.p99=1s"], "exclude each other"),
+        (["--rate", "1", "--price", "h100=free"], "write it like h100-sxm-80gb=2.50"),
+        (["--rate", "1", "--price", "h99=1"], "unknown accelerator"),
+        (["--rate", "1", "--accelerator", "z9"], "unknown accelerator"),
+        (["--rate", "1", "--prompt-tokens", "500000"], "longer context"),
+        (["--rate", "1", "--weights", "fp2"], "use one of bf16"),
+        (["--rate", "1", "--max-num-seqs", "0"], "use 1 to 4096"),
+        (["--rate", "1", "--tail-margin", "0.5"], "use 1 to 10"),
+        (["--rate", "1", "--spare", "-1"], "use 0 or more"),
+        (["--rate", "1", "--top", "0"], "use 1 or more"),
+        (["--rate", "1", "--arrivals", "lumpy"], "use poisson"),
+        (["--rate", "1", "-f", "/no/such/tier.yaml"], "does not exist"),
+    ],
+)
+def test_wrong_input_is_one_line_that_names_the_mend(arguments, mend) -> None:
+    """Exit code 2, nothing on standard output."""
+    result = CliRunner().invoke(main, [*BASE, *arguments])
+
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert mend in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "mend"),
+    [
+        ("{", "no YAML"),
+        ("kind: Pod\n", "holds 0 ServingTiers"),
+        (
+            "apiVersion: servingtiers.io/v1alpha1\nkind: ServingTier\nmetadata: {name: a}\nspec: {tier: Fast}\n",
+            "spec.tier",
+        ),
+    ],
+)
+def test_a_malformed_tier_names_what_is_wrong(tmp_path, text, mend) -> None:
+    """The file and the field are in the message."""
+    path = tmp_path / "tier.yaml"
+    path.write_text(text, encoding="utf-8")
+
+    result = CliRunner().invoke(main, ["plan", "-f", str(path), "--rate", "1"])
+
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert mend in result.stderr
