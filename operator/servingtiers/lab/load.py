@@ -228,7 +228,7 @@ class LoadGenerator:
         if self._session is not None:
             await self._session.close()
 
-    async def replay(self, trace: Sequence[TraceRequest]) -> list[RequestRecord]:
+    async def replay(self, trace: Iterable[TraceRequest]) -> list[RequestRecord]:
         """Send every request at its time and return what became of each, in the order of their ends."""
         loop = asyncio.get_running_loop()
         begin = loop.time()
