@@ -8,8 +8,11 @@ The algorithm is that of ``pkg/controller/podautoscaler`` (``replica_calculator.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from servingtiers.core.decisions import PoolFacts
 from servingtiers.simulate.policies import PodReadings, PoolReadings
@@ -137,13 +140,25 @@ class Stabilizer:
 
 
 class _Hpa(Rival):
-    """An HPA per pool."""
+    """An HPA per pool, on metrics that are ``lag`` seconds old."""
 
     behavior = Behavior()
 
-    def __init__(self, scenario: Scenario) -> None:
+    def __init__(self, scenario: Scenario, lag: float = 0.0) -> None:
         super().__init__(scenario)
+        self.lag = lag
         self.stabilizers: dict[Key, Stabilizer] = {}
+        self.seen: dict[Key, deque[tuple[float, PoolReadings]]] = {}
+
+    def read(self, key: Key, pool: PoolReadings, now: float) -> None:
+        """Let readings through once they are old enough."""
+        if self.lag <= 0:
+            return
+        line = self.seen.setdefault(key, deque())
+        line.append((now, pool))
+        while len(line) > 1 and line[1][0] <= now - self.lag:
+            line.popleft()
+        self.latest[key] = line[0][1]
 
     def raw(self, key: Key, pool: PoolReadings, pods: PodReadings, current: int) -> int:
         """Return what the metric calls for."""
@@ -238,15 +253,18 @@ class EppKeda(_Hpa):
     KEDA polls the endpoint picker every 15 s.
 
     Saturation is the mean over engines of ``max(waiting / 5, KV use / 0.8)`` (the endpoint picker's detector with its
-    default thresholds); as a ratio it can only be a metric of type Value. Here no request is held back in front of the
-    engines, as vllm-router holds none, so the flow-control queue is the engines' own.
+    default thresholds); as a ratio it can only be a metric of type Value. The picker's flow control holds requests back
+    once an engine is saturated, so it never reports more than 5 waiting per engine; here, where the router holds nothing
+    back, what waits beyond that is left out of both triggers as if it were held.
     """
 
     name = "epp-keda"
     knob = "saturation"
 
-    def __init__(self, scenario: Scenario, saturation: float = 0.7, running: float = 16.0) -> None:
-        super().__init__(scenario)
+    def __init__(
+        self, scenario: Scenario, saturation: float = 0.7, running: float = 16.0, lag: float = 0.0
+    ) -> None:
+        super().__init__(scenario, lag)
         self.saturation, self.running = saturation, running
 
     def raw(self, key: Key, pool: PoolReadings, pods: PodReadings, current: int) -> int:
@@ -254,12 +272,13 @@ class EppKeda(_Hpa):
         del key
         if not len(pods.running):
             return current
+        passed = np.minimum(pods.waiting, 5.0)
         pressure = [
             max(waiting / 5.0, kv / pods.kv_capacity / 0.8)
-            for waiting, kv in zip(pods.waiting, pods.kv_tokens, strict=True)
+            for waiting, kv in zip(passed, pods.kv_tokens, strict=True)
         ]
         saturation = math.fsum(pressure) / len(pressure)
-        in_flight = float((pods.running + pods.waiting).sum())
+        in_flight = float((pods.running + passed).sum())
         return max(
             value_metric(saturation, pool.ready, current, self.saturation),
             average_value(in_flight, current, self.running),
