@@ -65,13 +65,14 @@ def kv_capacity_tokens(
     """Return how many tokens the KV cache of one replica holds.
 
     ``(memory·utilisation - weights/tp - reserve) / (KV bytes per token / shards)`` on each accelerator. The
-    reserve (activations, graphs, communication buffers, the CUDA context) is 4.05 GB + 0.11 MB for each hidden
-    element, which reproduces the capacities listed in the shipped tables.
+    reserve (activations, graphs, communication buffers, the CUDA context) grows with the width of the activations; its
+    constants are fitted to the capacities listed in the shipped tables, which they reproduce within 0.5 GB.
 
     Raises:
         DoesNotFitError: Nothing is left for the cache.
     """
-    reserve = 4.05e9 + 1.1e5 * model.hidden
+    width = max(model.hidden, model.heads * model.head_dim)
+    reserve = 4.44e9 - 0.67e9 / tensor_parallel + (0.36e5 + 1.42e5 / tensor_parallel) * width
     free = (
         accelerator.memory_bytes * memory_utilization
         - model.weight_bytes(weights) / tensor_parallel
