@@ -20,7 +20,10 @@ from servingtiers.handlers import Options, run
 from servingtiers.lab.controlplane import Connection, ControlPlane
 
 ROOT = Path(__file__).parents[2]
-CONFIG = OperatorConfig.model_validate(yaml.safe_load((ROOT / "manifests/base/config.yaml").read_text()))
+CONFIG = OperatorConfig.model_validate(
+    yaml.safe_load((ROOT / "manifests/base/config.yaml").read_text()) | {"routerServiceAccount": None}
+)
+"""The shipped configuration, but the operator makes the routers' accounts: all kinds of objects are in play."""
 TIERS = "/apis/servingtiers.io/v1alpha1/namespaces/{namespace}/servingtiers"
 CHILDREN = {
     "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts",
@@ -65,6 +68,20 @@ def install_crd(ring: ControlPlane) -> None:
     """Apply the generated CRD and wait until it serves."""
     ring.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
     ring.kubectl("wait", "--for=condition=Established", "crd/servingtiers.servingtiers.io", "--timeout=30s")
+
+
+def grant(plane: ControlPlane, namespace: str, user: str = "operator") -> None:
+    """Give a user what the operator's ServiceAccount gets in namespaced mode, and nothing else.
+
+    With the overlay in which the operator makes the routers' accounts, as `CONFIG` has it.
+    """
+    rendered = plane.kubectl("kustomize", str(ROOT / "manifests/overlays/per-tier-accounts"))
+    for role in yaml.safe_load_all(rendered):
+        if role["kind"] == "Role":
+            name = role["metadata"]["name"]
+            role["metadata"] = {"name": name}
+            plane.kubectl("apply", "-n", namespace, "-f", "-", document=json.dumps(role))
+            plane.kubectl("create", "rolebinding", "-n", namespace, name, f"--role={name}", f"--user={user}")
 
 
 class Namespace:

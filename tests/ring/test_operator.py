@@ -8,10 +8,10 @@ import pytest
 from ring.harness import (
     CHILDREN,
     CONFIG,
-    ROOT,
     Namespace,
     controller,
     eventually,
+    grant,
     install_crd,
     operator,
     settle,
@@ -362,18 +362,9 @@ async def test_what_admission_cannot_see_is_a_condition_and_touches_nothing_that
     assert space.condition("Accepted")["status"] == "True"
 
 
-async def test_the_whole_operator_works_with_the_namespaced_role_and_nothing_else(control_plane, space):
-    """Kopf, watches, writes and the Lease run under manifests/base/role.yaml."""
-    control_plane.kubectl("apply", "-n", space.name, "-f", str(ROOT / "manifests/base/role.yaml"))
-    control_plane.kubectl(
-        "create",
-        "rolebinding",
-        "-n",
-        space.name,
-        "operator",
-        "--role=servingtiers-operator",
-        "--user=operator",
-    )
+async def test_the_whole_operator_works_with_the_namespaced_roles_and_nothing_else(control_plane, space):
+    """Kopf, watches, writes and the Lease run under the Roles of manifests/, as a user who has nothing else."""
+    grant(control_plane, space.name)
     kubeconfig = str(control_plane.kubeconfig_for("operator"))
     async with operator(control_plane, space.name, kubeconfig=kubeconfig, lease=LeaseTimes(3, 2, 0.3)):
         await asyncio.to_thread(space.create, tier())

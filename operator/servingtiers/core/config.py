@@ -23,8 +23,11 @@ class AcceleratorBinding(Model):
     resource: str = "nvidia.com/gpu"
     """Extended resource that one accelerator is requested by."""
     node_selector: dict[str, str] = {}
+    """Labels of the nodes that have it."""
     tolerations: list[Toleration] = []
+    """Taints of those nodes that engines tolerate."""
     runtime_class_name: str | None = None
+    """RuntimeClass of the engines, where the device needs one."""
     price_per_hour: Decimal | None = None
     """Price of one accelerator; the catalogue's dated default when left out."""
 
@@ -33,15 +36,20 @@ class Images(Model):
     """Default images, best by digest."""
 
     engine: str = "vllm/vllm-openai:v0.32.0"
+    """Image of the engines, where a tier names none."""
     router: str = "vllm/vllm-router:v0.1.17"
+    """Image of the routers."""
 
 
 class PrometheusConfig(Model):
     """How to reach Prometheus."""
 
     url: Annotated[str, Field(pattern=r"^https?://")]
+    """Address, such as `http://prometheus.monitoring:9090`."""
     bearer_token_file: str | None = None
+    """File in the operator's pod that holds a bearer token; read at every query."""
     ca_file: str | None = None
+    """File in the operator's pod with the certificate authority of an https address."""
     timeout: Duration = "10s"
     """Longest one query may take."""
     scrape_interval: Duration = "15s"
@@ -77,10 +85,13 @@ class OperatorConfig(Model):
     allow_remote_code: bool = False
     """Let tiers set trustRemoteCode."""
     currency: str = "USD"
+    """Currency of all prices."""
     router_service_account: str | None = None
     """ServiceAccount the chart made for routers; None: the operator makes one per tier."""
     router_resources: ResourceList | None = None
+    """Resources of the routers; sensible ones when left out."""
     metrics_namespace: str | None = None
     """Namespace from which pods may read metrics, for NetworkPolicies; None: only the operator, and with Prometheus as
     the telemetry source pods labelled `app.kubernetes.io/name: prometheus`, in any namespace."""
     cluster_domain: str = "cluster.local"
+    """Domain of the cluster's DNS."""
