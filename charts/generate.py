@@ -381,7 +381,7 @@ def manifests() -> dict[Path, str]:
     """Return every file of the kustomize base and overlays."""
     files: dict[Path, str] = {}
     base = {identity(obj): obj for obj in render(BASE)}
-    config = base.pop(("ConfigMap", f"{RELEASE}-operator"))
+    config = base.pop(("ConfigMap", f"{RELEASE}-operator-config"))
     generator = {"name": config["metadata"]["name"], "files": ["config.yaml"]}
     folder = MANIFESTS / "base"
     head = _head("How accelerators appear in this cluster, and where load is read: adapt both.")
