@@ -444,6 +444,10 @@ def _batch(
             break
     ratio = load
     beyond = 0.0
+    if not last:
+        total += mass * width_left
+        first += mass * width_left * before
+        second += mass * width_left * before * before
     if last:
         # The limit itself counts for half a lattice step, and all states beyond it hold a full batch.
         below = mass * (width_left - 1.0) / 2.0
