@@ -168,6 +168,8 @@ def inferencex(*, list_rows: bool) -> bool:
         for group in sorted({p.group for p in points}):
             members = [p for p in points if p.group == group]
             print(line(group, members))
+            if group == "dense, InferenceX":
+                print(line(f"    {' and '.join(CLAIMED)}", [p for p in members if p.gpu in CLAIMED]))
             for gpu in sorted({p.gpu for p in members}):
                 print(line(f"    {gpu}", [p for p in members if p.gpu == gpu]))
             beyond = sum(p.prompt_share > 0.85 for p in members)

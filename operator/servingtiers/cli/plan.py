@@ -57,6 +57,7 @@ _TARGET_TPOT_MS = 50.0
 @click.option("--tensor-parallel", type=int, multiple=True, help="Allowed; 1, 2, 4 and 8 when left out.")
 @click.option("--weights", multiple=True, metavar="TYPE", help="bf16, fp8, int8 or int4; several compete.")
 @click.option("--max-num-seqs", type=int, multiple=True, help="Batch limits to try; chosen when left out.")
+@click.option("--max-num-batched-tokens", type=int, help="Token budget of a step; chosen when left out.")
 @click.option("--price", "prices", multiple=True, metavar="KEY=USD", help="Price of an accelerator per hour.")
 @click.option("--spare", type=int, default=1, show_default=True, help="Replicas beyond the load, per pool.")
 @click.option("--tail-margin", type=float, help="Factor on predicted TTFT p99 and p99.9.  [default: 1.4]")
@@ -221,6 +222,9 @@ def _constraints(flags: dict[str, Any], document: Any) -> Constraints:
     sizes = tuple(sorted(set(flags["tensor_parallel"])))
     if any(size < 1 for size in sizes):
         raise ValueError(f"--tensor-parallel {sizes[0]}: use 1, 2, 4 or 8")
+    budget = flags["max_num_batched_tokens"]
+    if budget is not None and not 32 <= budget <= 262_144:
+        raise ValueError(f"--max-num-batched-tokens {budget}: use 32 to 262144")
     if flags["spare"] < 0:
         raise ValueError(f"--spare {flags['spare']}: use 0 or more")
     margin = flags["tail_margin"] if flags["tail_margin"] is not None else TAIL_MARGIN
@@ -232,6 +236,7 @@ def _constraints(flags: dict[str, Any], document: Any) -> Constraints:
         tensor_parallel=sizes or (1, 2, 4, 8),
         weights=tuple(dict.fromkeys(flags["weights"])) or ("bf16",),
         batch_limits=limits or BATCH_LIMITS,
+        max_num_batched_tokens=flags["max_num_batched_tokens"],
         aggregated=flags["disaggregation"] != "only",
         disaggregation=flags["disaggregation"] != "never",
         prices=prices,
@@ -267,6 +272,9 @@ def _constrained(constraints: Constraints, document: Any, flags: dict[str, Any])
     batches = {engine.max_num_seqs for engine in engines} - {None}
     if batches and not flags["max_num_seqs"]:
         constraints = replace(constraints, batch_limits=tuple(sorted(batches)))
+    budgets = {engine.max_num_batched_tokens for engine in engines} - {None}
+    if budgets and constraints.max_num_batched_tokens is None:
+        constraints = replace(constraints, max_num_batched_tokens=min(budgets))
     named = {"FP8": ("fp8",), "INT8": ("int8",), "INT4": ("int4",), "Auto": ("bf16", "fp8")}
     if not flags["weights"]:
         for engine in engines:

@@ -135,6 +135,8 @@ class Constraints:
     weights: tuple[str, ...] = ("bf16",)
     kv_dtype: str = "bf16"
     batch_limits: tuple[int, ...] = BATCH_LIMITS
+    max_num_batched_tokens: int | None = None
+    """Token budget of a step; None: vLLM's default for the accelerator, less where an objective on ITL needs it."""
     aggregated: bool = True
     """Consider fleets of one pool."""
     disaggregation: bool = True
@@ -505,15 +507,44 @@ def _check_lengths(models: Sequence[ModelShape], demand: Demand) -> None:
         )
 
 
-def _options(model: ModelShape, weights: str, constraints: Constraints, batch: int) -> list[Option]:
+def _options(
+    model: ModelShape, weights: str, demand: Demand, objectives: Sequence[Objective], constraints: Constraints
+) -> list[Option]:
+    batch = constraints.batch_limits[-1]
+    gap = min((o.target_ms for o in objectives if o.metric is Metric.ITL), default=math.inf)
     found = []
     for accelerator in constraints.accelerators:
         for size in constraints.tensor_parallel:
             if size > accelerator.gpus_per_node or model.heads % size:
                 continue
-            budget = max(default_limits(accelerator)[1], batch)
-            found.append(Option(model, accelerator, size, weights, constraints.kv_dtype, batch, budget))
+            budget = constraints.max_num_batched_tokens or default_limits(accelerator)[1]
+            option = Option(
+                model, accelerator, size, weights, constraints.kv_dtype, batch, max(budget, batch)
+            )
+            if gap < math.inf and constraints.max_num_batched_tokens is None:
+                option = _with_small_steps(option, demand, gap)
+            found.append(option)
     return found
+
+
+def _with_small_steps(option: Option, demand: Demand, gap_ms: float) -> Option:
+    """The option with the largest token budget whose full step is no longer than a gap between tokens may be."""
+    try:
+        steps = option.step_model()
+    except CatalogError:
+        return option  # it is refused with its reason where it is sized
+    context = demand.prompt_tokens + demand.output_tokens / 2.0
+    for budget in (16384, 8192, 4096, 2048, 1024, 512):
+        if budget > option.max_num_batched_tokens:
+            continue
+        beside = min(32, option.max_num_seqs)
+        prompt = min(budget - beside, demand.prompt_tokens * (1.0 - demand.prefix_hit_rate) * 8)
+        if (
+            steps.grid.step_ms(prompt, prompt * demand.prompt_tokens / 2.0, beside, beside * context)
+            <= gap_ms
+        ):
+            return replace(option, max_num_batched_tokens=max(budget, option.max_num_seqs))
+    return replace(option, max_num_batched_tokens=max(512, option.max_num_seqs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -542,7 +573,7 @@ def _of_model(
     prefills: list[_Worth] = []
     shape = replace(demand, rate=1.0)  # curves do not depend on it: one cache entry
     disaggregated = constraints.disaggregation and demand.output_tokens > 1.0
-    for option in _options(model, weights, constraints, constraints.batch_limits[-1]):
+    for option in _options(model, weights, demand, objectives, constraints):
         if demand.prompt_tokens + demand.output_tokens > model.max_context:
             rejections.append(Rejection(model.name, "a request is longer than its context"))
             break
@@ -605,14 +636,15 @@ def _best_batch(
     best, mean_batch = worth(largest)
     if best.rate <= 0.0:
         return None  # even an idle engine misses: a smaller batch is no faster than a batch of one
-    if role is Role.PREFILL or best.binding == "throughput" or best.binding.startswith("TTFT"):
+    if role is Role.PREFILL or not any(o.metric in (Metric.TPOT, Metric.ITL) for o in objectives):
         return best  # a smaller limit only adds waiting
+    # A smaller limit keeps TPOT when more load comes than was planned. Take the smallest that costs nothing, and one
+    # that is worth more where TPOT binds.
     for batch in constraints.batch_limits:
-        if 0.5 * mean_batch <= batch <= 4.0 * mean_batch and batch != largest:
+        if max(mean_batch, 0.5) <= batch < largest:
             tried, _ = worth(batch)
-            # A limit must be worth it: it costs throughput when the load is above plan.
-            if tried.rate > 1.01 * best.rate:
-                best = tried
+            if tried.rate >= 0.995 * best.rate:
+                return tried
     return best
 
 
@@ -844,7 +876,7 @@ def _nearest(
         values = []
         for model in models:
             for weights in constraints.weights:
-                for option in _options(model, weights, constraints, constraints.batch_limits[-1]):
+                for option in _options(model, weights, demand, objectives, constraints):
                     try:
                         values.append(_idle_value(option, objective, shape, constraints))
                     except (CatalogError, OutOfHullError):

@@ -39,7 +39,7 @@ p.verdict.good { border-color: var(--good); } p.verdict.bad { border-color: var(
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 10px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } tr:last-child td { border-bottom: 0; }
-th.text, td.text { text-align: left; white-space: normal; }
+th.text, td.text { text-align: left; white-space: normal; } td.text:first-child { min-width: 190px; }
 footer { color: var(--soft); font-size: 13px; margin-top: 40px; }
 """
 
