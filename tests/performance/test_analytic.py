@@ -202,10 +202,10 @@ def test_more_rate_never_lowers_latency(steps, traffic, limits, load, more):
         assert getattr(high, metric).mean >= 0.98 * getattr(low, metric).mean
 
 
-@given(steps=engines, traffic=traffics, limits=limit_settings)
-@settings(max_examples=60, deadline=None)
-def test_throughput_never_exceeds_the_ideal_roofline(steps, traffic, limits):
-    assume(steps is H100)
+@given(traffic=traffics, limits=limit_settings)
+@settings(max_examples=100, deadline=None)
+def test_throughput_never_exceeds_the_ideal_roofline(traffic, limits):
+    steps = H100
     ideal = RooflineConstants(
         mbu=1.0,
         mbu_kv=1.0,
@@ -287,17 +287,33 @@ def test_objectives_that_make_no_sense_are_refused(arguments):
         Objective(*arguments)
 
 
-probabilities = st.lists(st.floats(0.0, 1.0), min_size=analytic._BINS, max_size=analytic._BINS).filter(
+bins = st.lists(st.floats(0.0, 1.0), min_size=analytic._BINS, max_size=analytic._BINS).filter(
     lambda values: sum(values) > 0.1
+)
+terms = st.lists(
+    st.tuples(st.floats(0.0, 1.5 * analytic._BINS), st.floats(0.01, 1.0)), min_size=1, max_size=8
 )
 
 
-@given(one=probabilities, two=probabilities)
-def test_convolution_by_long_integers_is_convolution(one, two):
-    one, two = ([value / sum(values) for value in values] for values in (one, two))
-    expected = [sum(one[i] * two[index - i] for i in range(index + 1)) for index in range(analytic._BINS)]
+@given(one=bins, first=terms, second=terms)
+def test_sums_by_long_integers_are_convolutions(one, first, second):
+    def normal(points):
+        return [(at, weight / sum(w for _, w in points)) for at, weight in points]
+
+    one = [value / sum(one) for value in one]
+    expected = one
+    for points in (normal(first), normal(second)):
+        total = [0.0] * analytic._BINS
+        for at, weight in points:
+            low, share = int(at), at - int(at)
+            for index, value in enumerate(expected):
+                for shift, part in ((low, 1.0 - share), (low + 1, share)):
+                    if index + shift < analytic._BINS:
+                        total[index + shift] += value * weight * part
+        expected = total
     expected[-1] += 1.0 - sum(expected)
-    assert analytic._convolve(one, two) == pytest.approx(expected, abs=1e-6)
+    assert analytic._plus(one, normal(first), normal(second)) == pytest.approx(expected, abs=1e-3)
+    assert sum(analytic._plus(one, normal(first), normal(second))) == pytest.approx(1.0, abs=1e-9)
 
 
 @given(cv=st.floats(0.02, 2.0))
