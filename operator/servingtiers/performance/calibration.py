@@ -183,15 +183,15 @@ def update(
     refusal = _refusal(observation)
     if refusal:
         return calibration, refusal
-    expected = predict(calibrated(model, calibration), observation.traffic, limits)
-    if expected.saturated or expected.tpot.mean <= 0.0 or expected.prefill_ms <= 0.0:
+    wanted = _explaining(model, calibration, observation, limits)
+    if wanted is None:
         return calibration, "left out: the model says the engine is saturated at this load"
-    decode = log(observation.itl_ms / expected.tpot.mean)
-    prompt = log(observation.prefill_ms / expected.prefill_ms)
+    decode = log(wanted[0] / calibration.decode_factor)
+    prompt = log(wanted[1] / calibration.prefill_factor)
     if max(abs(decode), abs(prompt)) > _GATE and calibration.requests > 0.0:
         outliers = calibration.outliers + 1
         if outliers < _PERSISTENT:
-            off = f"decode {exp(decode):.2f}, prefill {exp(prompt):.2f} of what was expected"
+            off = f"decode x{wanted[0]:.2f}, prefill x{wanted[1]:.2f} would explain it"
             return replace(calibration, outliers=outliers), f"left out: an outlier ({off})"
         # Three in a row: what was learned before is of an engine that is gone.
         calibration = replace(calibration, requests=0.0, outliers=0)
@@ -214,6 +214,29 @@ def update(
         f"learned from {observation.requests:.0f} requests: decode x{learned.decode_factor:.3f}, "
         f"prefill x{learned.prefill_factor:.3f}, offset {learned.offset_ms:.1f} ms"
     )
+
+
+def _explaining(
+    model: GridStepModel, calibration: Calibration, observation: Observation, limits: EngineLimits | None
+) -> tuple[float, float] | None:
+    """Return the factors at which the model says what was observed, or None where the model is saturated.
+
+    Solved by substitution: queueing makes latencies respond more than in proportion, so each turn takes only most of the
+    step and stops within half a per cent.
+    """
+    decode, prompt = calibration.decode_factor, calibration.prefill_factor
+    for _ in range(12):
+        trial = replace(calibration, decode_factor=decode, prefill_factor=prompt, requests=1.0)
+        expected = predict(calibrated(model, trial), observation.traffic, limits)
+        if expected.saturated or expected.tpot.mean <= 0.0 or expected.prefill_ms <= 0.0:
+            return None
+        off_decode = log(observation.itl_ms / expected.tpot.mean)
+        off_prompt = log(observation.prefill_ms / expected.prefill_ms)
+        if max(abs(off_decode), abs(off_prompt)) < 0.005:
+            break
+        decode = _bounded(decode * exp(0.7 * off_decode))
+        prompt = _bounded(prompt * exp(0.7 * off_prompt))
+    return decode, prompt
 
 
 def _bounded(factor: float) -> float:
