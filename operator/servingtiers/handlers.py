@@ -200,6 +200,8 @@ async def _watch(options: Options, controller: Controller, stop: asyncio.Event) 
         kopf.operator(
             registry=registry,
             settings=settings,
+            # Left out, Kopf asks for the user's name, which a container's user does not have.
+            identity=options.identity,  # type: ignore[arg-type]  # its NewType is not public
             standalone=True,
             clusterwide=not config.namespaces,
             namespaces=config.namespaces,

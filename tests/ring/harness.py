@@ -17,7 +17,7 @@ from servingtiers.controller import Controller
 from servingtiers.core.config import OperatorConfig
 from servingtiers.core.signals import TierLoad
 from servingtiers.handlers import Options, run
-from servingtiers.lab.controlplane import Connection, ControlPlane
+from servingtiers.lab.controlplane import ApiError, Connection, ControlPlane
 
 ROOT = Path(__file__).parents[2]
 CONFIG = OperatorConfig.model_validate(
@@ -67,7 +67,16 @@ def tier(name: str = "chat", **spec: Any) -> dict[str, Any]:
 def install_crd(ring: ControlPlane) -> None:
     """Apply the generated CRD and wait until it serves."""
     ring.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
-    ring.kubectl("wait", "--for=condition=Established", "crd/servingtiers.servingtiers.io", "--timeout=30s")
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            ring.connection().request("GET", "/apis/servingtiers.io/v1alpha1/servingtiers?limit=1")
+        except ApiError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return
 
 
 def grant(plane: ControlPlane, namespace: str, user: str = "operator") -> None:

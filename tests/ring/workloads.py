@@ -78,9 +78,9 @@ _NEVER_COMPARED = {
     "lastTransitionTime", "lastUpdateTime", "observedGeneration", "time", "deployment.kubernetes.io/revision",
     "servingtiers.io/applied-hash", "servingtiers.io/decision", "deletionTimestamp", "deletionGracePeriodSeconds",
 }  # fmt: skip
-_OTHERS_SAY = {"message", "replicas", "ready", "signals"}
+_OTHERS_SAY = {"message", "replicas", "ready", "signals", "cost", "throughput", "observed", "resolution"}
 _OWN_CONDITIONS = {"Accepted", "Feasible", "Conflict", "PlanOutdated", "ScalingActive", "SLOMet"}
-"""The rest of a status follows the scheduler and the controllers, at their own pace."""
+"""The rest of a status follows the scheduler, the controllers and telemetry, at their own pace."""
 
 
 def outcome(space: Namespace, name: str) -> dict[str, Any]:
