@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -31,6 +29,7 @@ _PLAIN_SECONDS = 10.0
 _SHOWN_DECISIONS = 6
 _PLAIN_WIDTH = 140
 _INTERRUPTED = 130
+_OUTPUT = Path("build/demo")
 
 
 @click.command("demo", cls=OneLineCommand)
@@ -46,7 +45,7 @@ _INTERRUPTED = 130
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
-    default=Path("build/demo"),
+    default=_OUTPUT,
     show_default=True,
     help="Folder for summary.json, report.html and operator.log.",
 )
@@ -118,22 +117,11 @@ def _run(console: Console, *, terminal: bool, keep: bool, seconds: float, output
                 _keep(console, ring, output / "kept.json")
             else:
                 view.say("stopping everything")
-                with _undisturbed():
-                    ring.stop()
+                ring.stop()
     except (DemoError, RingError, BinariesError) as error:
         return [str(error)]
     view.say("done")
     return outcome.problems()
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let the stop run to its end: what it stops it stops in seconds."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # -- keeping ---------------------------------------------------------------------------------------------------
@@ -148,7 +136,8 @@ def _keep(console: Console, ring: Ring, note: Path) -> None:
     console.print(f"  {kubectl} --kubeconfig {details.kubeconfig} get servingtiers,deployments,pods")
     console.print(f"  KUBECONFIG={details.kubeconfig} .venv/bin/servingtiers explain chat")
     console.print(f"  tail -f {details.operator_log}; curl http://127.0.0.1:{details.metrics_port}/metrics")
-    console.print(f"Stop all of it: .venv/bin/servingtiers demo --stop   (or: kill {ring.pid})")
+    where = "" if note.parent == _OUTPUT else f" --output {note.parent}"
+    console.print(f"Stop all of it: .venv/bin/servingtiers demo --stop{where}   (or: kill {ring.pid})")
 
 
 def _kept(note: Path) -> int | None:

@@ -151,7 +151,7 @@ def _traces(outcome: Outcome, tier: TierOutcome) -> list[dict[str, Any]]:
             "mode": "lines",
             "fill": "tozeroy",
             "name": "requests sent",
-            "line": {"color": PALETTE[4], "width": 1.5, "shape": "spline"},
+            "line": {"color": PALETTE[4], "width": 1.5},
             "hovertemplate": "%{y:.1f} requests/s<extra></extra>",
             "yaxis": "y",
         }

@@ -29,7 +29,7 @@ from typing import Any, Self
 import yaml
 
 from servingtiers.lab.binaries import BinariesError, locate
-from servingtiers.lab.controlplane import OPERATOR, ApiError, Connection, ControlPlane, ControlPlaneError
+from servingtiers.lab.controlplane import ApiError, Connection, ControlPlane, ControlPlaneError
 from servingtiers.lab.nodes import NodeOptions, NodeShape, SimulatedNodes
 from servingtiers.lab.processes import Children, free_port
 from servingtiers.lab.routers import locate_router
@@ -45,7 +45,14 @@ NODES = (
 )
 """The cluster of the demo: 40 GPUs of three kinds."""
 _CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-_RBAC = "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}"
+_PATHS = {
+    "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts",
+    "Role": "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/roles",
+    "RoleBinding": "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/rolebindings",
+}
+_ACCOUNT = "servingtiers-operator"
+"""The operator's service account in ``manifests/base``."""
+_TOKEN_SECONDS = 7 * 86400
 _STOP_SECONDS = 30.0
 
 
@@ -202,11 +209,14 @@ class Ring:
         self._kept = True
 
     def stop(self) -> None:
-        """Stop everything and return when it is gone."""
-        process = self._process
-        if process is None:
-            return
-        # Closing its input is enough; a second Ctrl-C meanwhile must not leave it half-stopped.
+        """Stop everything and return when it is gone; a signal meanwhile does not cut that short."""
+        if self._process is not None:
+            with _undisturbed():
+                self._stop(self._process)
+
+    @staticmethod
+    def _stop(process: subprocess.Popen[str]) -> None:
+        # Closing its input is enough.
         with contextlib.suppress(OSError):
             if process.stdin is not None:
                 process.stdin.close()
@@ -219,6 +229,21 @@ class Ring:
             process.wait()
         if process.stdout is not None:
             process.stdout.close()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put off the signals that end us for the body, which takes seconds."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(signum, signal.SIG_IGN) for signum in signals]
+    try:
+        yield
+    finally:
+        for signum, handler in zip(signals, before, strict=True):
+            signal.signal(signum, handler)
 
 
 # -- inside the stage's process --------------------------------------------------------------------------------
@@ -267,7 +292,7 @@ async def _hold(settings: RingSettings, folder: Path, children: Children, over: 
                     *_servingtiers(),
                     "operator",
                     f"--config={_operator_config(root, folder, settings)}",
-                    f"--kubeconfig={plane.kubeconfig_for(OPERATOR.name)}",
+                    f"--kubeconfig={folder / 'operator.kubeconfig'}",
                     f"--namespace={settings.namespace}",
                     f"--health-port={health}",
                     f"--metrics-port={metrics}",
@@ -276,7 +301,7 @@ async def _hold(settings: RingSettings, folder: Path, children: Children, over: 
             )
             await _until_leading(plane.connection(), settings.namespace, operator.process, operator.tail)
             _progress(
-                f"operator leads: process {operator.process.pid}, user {OPERATOR.name!r}, namespaced Role"
+                f"operator leads: process {operator.process.pid}, under the shipped service account and Role"
             )
             details = {
                 "folder": str(folder),
@@ -315,27 +340,35 @@ def _operator_config(root: Path, folder: Path, settings: RingSettings) -> Path:
 
 
 def _install(plane: ControlPlane, root: Path, namespace: str) -> None:
-    """Install the CRD, the namespace, and the operator's Role bound to its user."""
+    """Install the CRD, a namespace, and what the shipped manifests give the operator there; write kubeconfigs."""
     admin = plane.connection()
     for path in sorted((root / "crds").glob("*.yaml")):
         crd = yaml.safe_load(path.read_text(encoding="utf-8"))
         admin.request("POST", _CRD, crd)
         _established(admin, crd["metadata"]["name"])
     plane.create_namespace(namespace)
-    where = _RBAC.format(namespace=namespace)
-    role = yaml.safe_load((root / "manifests" / "base" / "role.yaml").read_text(encoding="utf-8"))
-    admin.request("POST", f"{where}/roles", role)
-    binding = {
-        "metadata": {"name": role["metadata"]["name"]},
-        "roleRef": {
-            "apiGroup": "rbac.authorization.k8s.io",
-            "kind": "Role",
-            "name": role["metadata"]["name"],
-        },
-        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": OPERATOR.name}],
-    }
-    admin.request("POST", f"{where}/rolebindings", binding)
-    plane.write_kubeconfig(plane.folder.parent / "kubeconfig", plane.token(), namespace=namespace)
+    for document in _accounts_and_rights(root, namespace):
+        admin.request("POST", _PATHS[document["kind"]].format(namespace=namespace), document)
+    accounts = _PATHS["ServiceAccount"].format(namespace=namespace)
+    made = admin.request(
+        "POST", f"{accounts}/{_ACCOUNT}/token", {"spec": {"expirationSeconds": _TOKEN_SECONDS}}
+    )
+    folder = plane.folder.parent
+    plane.write_kubeconfig(folder / "operator.kubeconfig", made["status"]["token"], namespace=namespace)
+    plane.write_kubeconfig(folder / "kubeconfig", plane.token(), namespace=namespace)
+
+
+def _accounts_and_rights(root: Path, namespace: str) -> list[dict[str, Any]]:
+    """Return the shipped service accounts, Roles and RoleBindings, as kustomize would put them into a namespace."""
+    found = []
+    for path in sorted((root / "manifests" / "base").glob("*.yaml")):
+        for document in yaml.safe_load_all(path.read_text(encoding="utf-8")):
+            if document and document.get("kind") in _PATHS:
+                document["metadata"]["namespace"] = namespace
+                for subject in document.get("subjects", ()):
+                    subject["namespace"] = namespace
+                found.append(document)
+    return found
 
 
 def _established(admin: Connection, name: str) -> None:
