@@ -59,9 +59,39 @@ format: setup ## Format the code
 	@$(BIN)/ruff check --fix .
 
 .PHONY: generate
-generate: setup ## Write everything that is generated from code
-	@$(BIN)/servingtiers crds --output-dir crds
+generate: setup ## Write everything that is generated from code: CRD, references, chart parts, manifests, golden objects
+	@$(BIN)/servingtiers crds --output-dir crds --reference docs/reference/api.md
+	@$(BIN)/python charts/generate.py
+	@$(BIN)/python -m servingtiers.performance.rules_of_thumb docs/explanation/rules-of-thumb.md
+	@UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/render/test_golden.py
 
 .PHONY: verify-generated
 verify-generated: setup ## Fail where a generated file is out of step
-	@$(BIN)/python tests/tools/verify_generated.py
+	@$(BIN)/servingtiers crds --output-dir crds --reference docs/reference/api.md --check
+	@$(BIN)/python charts/generate.py --check
+	@$(BIN)/python tests/tools/same.py docs/explanation/rules-of-thumb.md -- \
+	  $(BIN)/python -m servingtiers.performance.rules_of_thumb
+
+# -- longer rings ----------------------------------------------------------------------------------------------
+
+.PHONY: test-crash
+test-crash: setup control-plane ## SIGKILL the operator after every write of a create, a scale, a spec change and a delete
+	@$(BIN)/python -m pytest -s -m slow tests/ring/test_crash_process.py
+
+.PHONY: bench
+bench: bench-reconcile bench-model ## All benchmarks but the autoscaler study
+
+.PHONY: bench-reconcile
+bench-reconcile: setup control-plane ## 100 and 300 tiers at once, then five idle minutes (about 13 minutes)
+	@$(BIN)/python tests/bench/bench_reconcile.py
+
+.PHONY: bench-model
+bench-model: setup ## Accuracy and speed of the performance model
+	@for part in tables roofline analytic engine inferencex plans; do \
+	  echo; echo "=== $$part"; $(BIN)/python tests/bench/bench_$$part.py || exit 1; done
+
+.PHONY: bench-autoscaler
+bench-autoscaler: setup ## The autoscaler study, quick form (FULL=1: the whole grid, hours)
+	@$(BIN)/python tests/bench/bench_autoscaler.py $(if $(FULL),--full)
+
+-include e2e/e2e.mk
