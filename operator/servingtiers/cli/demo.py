@@ -323,7 +323,7 @@ def _print_outcome(console: Console, outcome: Outcome, output: Path) -> None:
     from rich.table import Table
 
     from servingtiers.lab.demo import attainment
-    from servingtiers.lab.demo_report import percent, truth
+    from servingtiers.lab.demo_report import PROVED, percent, truth
 
     table = Table(title="Outcome", title_justify="left")
     table.add_column("tier")
@@ -331,7 +331,7 @@ def _print_outcome(console: Console, outcome: Outcome, output: Path) -> None:
     for name in ("up", "down", "requests", "failed"):
         table.add_column(name, justify="right")
     table.add_column("objective")
-    for name in ("clients", "operator", "GPU hours", "cost"):
+    for name in ("clients", "operator ≥", "GPU hours", "cost"):
         table.add_column(name, justify="right")
     for tier in outcome.tiers.values():
         records = [each.record for each in tier.finished]
@@ -355,5 +355,6 @@ def _print_outcome(console: Console, outcome: Outcome, output: Path) -> None:
         table.add_section()
     console.print()
     console.print(table)
+    console.print(PROVED)
     console.print(truth(outcome))
     console.print(f"{output / 'summary.json'}, {output / 'report.html'}, {output / 'operator.log'}")

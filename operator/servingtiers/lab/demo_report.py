@@ -9,9 +9,13 @@ from servingtiers import __version__
 from servingtiers.lab.demo import Decision, Outcome, TierOutcome, attainment
 from servingtiers.reporting.page import PALETTE, Figure, Page, Table, Text
 
-__all__ = ["outcome_page", "percent", "truth", "write_report"]
+__all__ = ["PROVED", "outcome_page", "percent", "truth", "write_report"]
 
 _BIN_SECONDS = 5.0
+PROVED = (
+    "Within the objective: what clients measured of each request, and what the operator can prove from the buckets of"
+    " the engines' histograms: at least this share."
+)
 
 
 def truth(outcome: Outcome) -> str:
@@ -48,7 +52,7 @@ def outcome_page(outcome: Outcome) -> Page:
         )
     sections: list[tuple[str, list[Text | Table | Figure]]] = [
         ("", [verdict]),
-        ("Outcome", [_outcome_table(outcome)]),
+        ("Outcome", [Text(PROVED), _outcome_table(outcome)]),
     ]
     sections += [_tier_section(outcome, tier) for tier in outcome.tiers.values()]
     return Page(
@@ -84,7 +88,7 @@ def _outcome_table(outcome: Outcome) -> Table:
             "tier",
             "objective",
             "within it, clients",
-            "within it, operator",
+            "within it, operator ≥",
             "requests",
             "failed",
             "up / down",
