@@ -41,8 +41,10 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("mfu", 0.1, 1.0),
     ("mfu_attention", 0.15, 0.85),
     ("layer_us", 0.5, 300.0),
+    ("prompt_layer_us", 0.5, 300.0),
     ("step_us", 0.5, 3000.0),
     ("request_us", 0.05, 60.0),
+    ("kv_head_us", 0.0005, 1.0),
     ("token_us", 0.001, 1.0),
     ("allreduce_us", 0.05, 100.0),
     ("link_efficiency", 0.02, 1.0),
@@ -76,7 +78,9 @@ class _Rows:
     kv_seconds: Array
     attention_seconds: Array
     layers: Array
+    prompt_layers: Array  # layers where the step holds prompt tokens, else 0
     batch: Array
+    kv_heads: Array  # batch · layers · KV heads of a GPU
     tokens_hidden: Array  # layers · tokens · hidden / 1e4
     reduces: Array  # 2·layers where two GPUs share the model, else 0
     reduce_seconds: Array  # s at full link rate
@@ -106,8 +110,10 @@ def _columns(keys: Sequence[TableKey]) -> tuple[_Rows, tuple[str, ...]]:
         mfu=1.0,
         mfu_attention=1.0,
         layer_us=0.0,
+        prompt_layer_us=0.0,
         step_us=0.0,
         request_us=0.0,
+        kv_head_us=0.0,
         token_us=0.0,
         allreduce_us=0.0,
         link_efficiency=1.0,
@@ -133,7 +139,9 @@ def _columns(keys: Sequence[TableKey]) -> tuple[_Rows, tuple[str, ...]]:
                     roofline.kv_read_ms(float(row.batch * row.context)) / 1e3,
                     roofline.pair_ms * pairs / 1e3,
                     float(shape.layers),
+                    float(shape.layers * (row.new_tokens > 0)),
                     float(row.batch),
+                    row.batch * shape.layers * shape.kv_heads / shape.kv_shards(tp),
                     shape.layers * tokens * shape.hidden / 1e4,
                     2.0 * shape.layers * (tp == 2),
                     2.0 * shape.layers * moved / (gpu.link_gb_s * 1e9) * (tp == 2),
@@ -157,6 +165,7 @@ def _predict(rows: _Rows, constants: RooflineConstants) -> Array:
     seconds = seconds + rows.reduce_seconds / c.link_efficiency
     seconds = seconds + rows.reduce_many_seconds / c.link_efficiency_many
     micro = rows.layers * c.layer_us + c.step_us + rows.batch * c.request_us
+    micro = micro + rows.prompt_layers * c.prompt_layer_us + rows.kv_heads * c.kv_head_us
     micro = micro + rows.tokens_hidden * c.token_us + rows.reduces * c.allreduce_us
     micro = micro + rows.reduces_many * c.allreduce_many_us
     result: Array = 1e3 * seconds + micro / 1e3

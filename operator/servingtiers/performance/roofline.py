@@ -47,10 +47,15 @@ class RooflineConstants:
     """Share of the peak bf16 FLOP/s reached in prompt attention (FlashAttention), 0–1."""
     layer_us: float
     """Fixed cost of one layer: kernel launches and small kernels, µs."""
+    prompt_layer_us: float
+    """What a layer costs on top in a step that holds prompt tokens, which no full CUDA graph replays, µs."""
     step_us: float
     """Fixed cost of one step: scheduling, sampling, µs."""
     request_us: float
     """Cost of each decoding sequence in a step, µs."""
+    kv_head_us: float
+    """Cost of each decoding sequence for each layer and KV head of a GPU, µs: attention's work that does not depend
+    on the context."""
     token_us: float
     """Cost of each token of a step in element-wise kernels, µs per layer and 10,000 hidden elements."""
     allreduce_us: float
@@ -78,8 +83,10 @@ DEFAULT_CONSTANTS = RooflineConstants(
     mfu=0.55,
     mfu_attention=0.40,
     layer_us=10.0,
+    prompt_layer_us=0.0,
     step_us=500.0,
     request_us=5.0,
+    kv_head_us=0.0,
     token_us=0.0,
     allreduce_us=10.0,
     link_efficiency=0.5,
@@ -152,7 +159,7 @@ _BATCHES = (
     448,
     512,
 )
-_CONTEXTS = (0.0, 131072.0)
+_CONTEXTS = (0.0, 1.0, 131072.0)
 _TOKENS = (1, 16, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512, 640, 768, 1024, 2048, 8192)
 
 
@@ -164,7 +171,8 @@ class Roofline:
 
         products  = max(streamed weights / (tp·MBU·BW), 2·active parameters·t / (tp·MFU·F))
         attention = kv·KV bytes / (shards·MBU_kv·BW) + 4·layers·heads·head_dim·pairs / (tp·MFU_attn·F_bf16)
-        fixed     = layers·layer_us + step_us + b·request_us
+        fixed     = layers·layer_us + step_us + b·(request_us + layers·KV heads/tp·kv_head_us)
+                    + layers·prompt_layer_us where the step holds prompt tokens
         all-reduce (tp > 1) = 2·layers·(allreduce_us + 2·(tp-1)/tp · t·hidden·2 bytes / (link·efficiency))
 
     ``pairs`` counts (new prompt token, token it attends to) pairs. The factors: 2 FLOP for a multiply-add, 4
@@ -217,19 +225,36 @@ class Roofline:
             width = (model.mla.qk_nope_head_dim + model.mla.qk_rope_head_dim + model.mla.v_head_dim) / 2
         return 1e3 * 4.0 * model.layers * model.heads * width / rate
 
-    def overhead_ms(self, tokens: float) -> float:
-        """Return launches, element-wise kernels and all-reduces for ``tokens`` tokens, milliseconds."""
+    def overhead_ms(self, tokens: float, *, prompts: bool) -> float:
+        """Return launches, element-wise kernels and all-reduces for ``tokens`` tokens, milliseconds.
+
+        Args:
+            tokens: Tokens of the step.
+            prompts: Whether prompt tokens are among them.
+        """
         constants, model, tp = self.constants, self.model, self.tensor_parallel
         total = model.layers * constants.layer_us + constants.step_us
+        if prompts:
+            total += model.layers * constants.prompt_layer_us
         total += model.layers * constants.token_us * tokens * model.hidden / 1e4
         if tp > 1:
-            moved = 2.0 * (tp - 1) / tp * tokens * model.hidden * 2.0
             many = tp > 2
+            moved = 2.0 * (tp - 1) / tp * tokens * model.hidden * 2.0
             link = self.accelerator.link_gb_s * 1e9
             link *= constants.link_efficiency_many if many else constants.link_efficiency
             latency = constants.allreduce_many_us if many else constants.allreduce_us
             total += 2.0 * model.layers * (latency + 1e6 * moved / link)
         return total / 1e3
+
+    def decode_attention_ms(self, decoding: float, kv_tokens: float) -> float:
+        """Return the time of decode attention and whatever else a decoding sequence costs, milliseconds."""
+        heads = self.model.kv_heads / self.model.kv_shards(self.tensor_parallel)
+        each = self.constants.request_us + self.model.layers * heads * self.constants.kv_head_us
+        return decoding * each / 1e3 + self.kv_read_ms(kv_tokens)
+
+    def rest_ms(self, tokens: float, *, prompts: bool) -> float:
+        """Return the time of a step without its attention, milliseconds."""
+        return self.products_ms(tokens) + self.overhead_ms(tokens, prompts=prompts)
 
     def step_ms(self, prompt_tokens: float, pairs: float, decoding: float, kv_tokens: float) -> float:
         """Return the time of one step, milliseconds.
@@ -244,10 +269,8 @@ class Roofline:
         if tokens <= 0.0:
             return 0.0
         return (
-            self.products_ms(tokens)
-            + self.overhead_ms(tokens)
-            + decoding * self.constants.request_us / 1e3
-            + self.kv_read_ms(kv_tokens)
+            self.rest_ms(tokens, prompts=prompt_tokens > 0.0)
+            + self.decode_attention_ms(decoding, kv_tokens)
             + self.pair_ms * pairs
         )
 
@@ -261,15 +284,16 @@ class Roofline:
         knee = self._knee()
         batches = tuple(sorted({*map(float, _BATCHES), knee} if knee > 1.0 else set(map(float, _BATCHES))))
         tokens = tuple(sorted({*map(float, _TOKENS), knee} if knee > 1.0 else set(map(float, _TOKENS))))
-        decode = tuple(
-            tuple(self.step_ms(0.0, 0.0, batch, batch * context) for context in _CONTEXTS)
-            for batch in batches
-        )
+        decode = []
+        for batch in batches:
+            rest = self.rest_ms(batch, prompts=False)
+            attention = (self.decode_attention_ms(batch, batch * context) for context in _CONTEXTS[1:])
+            decode.append((rest, *(rest + time for time in attention)))
         return StepGrid(
             batch_axis=batches,
             context_axis=_CONTEXTS,
-            decode_ms=decode,
+            decode_ms=tuple(decode),
             token_axis=tokens,
-            token_ms=tuple(self.products_ms(count) + self.overhead_ms(count) for count in tokens),
+            token_ms=tuple(self.rest_ms(count, prompts=True) for count in tokens),
             pair_ms=self.pair_ms,
         )

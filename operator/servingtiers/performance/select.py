@@ -295,21 +295,19 @@ def scaled_grid(known: StepGrid, base: Roofline, target: Roofline) -> StepGrid:
     What the roofline gets wrong for both alike cancels. Decode attention and the rest of the step are scaled
     apart, so that each keeps its own ratio.
     """
-
-    def rest_ratio(tokens: float) -> float:
-        mine = target.products_ms(tokens) + target.overhead_ms(tokens)
-        return mine / (base.products_ms(tokens) + base.overhead_ms(tokens))
-
-    kv_ratio = target.kv_read_ms(1.0) / base.kv_read_ms(1.0)
-    decode = []
+    contexts = known.context_axis
+    decode: list[tuple[float, ...]] = []
     for batch, row in zip(known.batch_axis, known.decode_ms, strict=True):
-        rest = row[0] * rest_ratio(batch)
-        decode.append(tuple(rest + (value - row[0]) * kv_ratio for value in row))
-    for index in range(1, len(decode)):
-        decode[index] = tuple(map(max, decode[index], decode[index - 1]))
+        rest = row[0] * target.rest_ms(batch, prompts=False) / base.rest_ms(batch, prompts=False)
+        values = [rest]
+        for context, value in zip(contexts[1:], row[1:], strict=True):
+            kv = batch * context
+            ratio = target.decode_attention_ms(batch, kv) / base.decode_attention_ms(batch, kv)
+            values.append(max(rest + (value - row[0]) * ratio, values[-1]))
+        decode.append(tuple(map(max, values, decode[-1])) if decode else tuple(values))
     tokens: list[float] = []
     for count, value in zip(known.token_axis, known.token_ms, strict=True):
-        scaled = value * rest_ratio(count)
+        scaled = value * target.rest_ms(count, prompts=True) / base.rest_ms(count, prompts=True)
         tokens.append(max(scaled, tokens[-1]) if tokens else scaled)
     return replace(
         known,
