@@ -77,6 +77,39 @@ def test_an_impossible_end_to_end_objective_says_how_many_tokens_fit() -> None:
     assert again.feasible
 
 
+def test_one_token_answers_are_planned_too() -> None:
+    """Classification: no decoding, so TPOT binds nothing and an end-to-end objective is a TTFT one."""
+    demand = Demand(30.0, 2000, 1)
+    found = plan(
+        [LLAMA], demand, (Objective(Metric.E2E, "p99", 400.0), Objective(Metric.TPOT, "p99", 1.0)), FEW
+    )
+    none = plan([LLAMA], demand, (Objective(Metric.E2E, "p99", 5.0),), FEW)
+
+    assert found.feasible
+    assert "idle, E2E p99 is" in none.verdict
+
+
+def test_a_gap_objective_shrinks_the_step_budget() -> None:
+    """A prompt computed beside decoding sequences is a gap between their tokens; smaller chunks, smaller gaps."""
+    demand = Demand(10.0, 4000, 200)
+    gap = (Objective(Metric.ITL, "p99", 40.0),)
+    plain = plan([LLAMA], demand, CHAT, FEW).choices[0].pools[0].option
+    found = plan([LLAMA], demand, gap, FEW, confirm=confirm, top=1)
+
+    assert found.choices[0].pools[0].option.max_num_batched_tokens < plain.max_num_batched_tokens
+    assert simulate_choice(found.choices[0], demand).itl.p99 <= 40.0
+
+
+def test_the_batch_limit_guards_tpot_when_more_load_comes_than_planned() -> None:
+    """With a TPOT objective the smallest limit that costs no capacity is chosen; without one, the largest."""
+    one = Constraints(accelerators=(A100,), tensor_parallel=(1,), disaggregation=False)
+    guarded = plan([LLAMA], Demand(5.0, 512, 128), CHAT, one).choices[0].pools[0]
+    free = plan([LLAMA], Demand(5.0, 512, 128), CHAT[:1], one).choices[0].pools[0]
+
+    assert guarded.option.max_num_seqs < free.option.max_num_seqs == 256
+    assert guarded.replica_rate >= 0.9 * free.replica_rate
+
+
 def test_infeasible_for_want_of_memory_says_so() -> None:
     """A model that fits nowhere is refused with the memory it needs."""
     found = plan([model("meta-llama/Llama-3.1-405B")], Demand(1.0, 512, 128), CHAT, FEW)

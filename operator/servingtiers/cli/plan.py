@@ -56,6 +56,12 @@ _TARGET_TPOT_MS = 50.0
 )
 @click.option("--tensor-parallel", type=int, multiple=True, help="Allowed; 1, 2, 4 and 8 when left out.")
 @click.option("--weights", multiple=True, metavar="TYPE", help="bf16, fp8, int8 or int4; several compete.")
+@click.option(
+    "--kv-dtype", type=click.Choice(["bf16", "fp8"]), help="Data type of the KV cache.  [default: bf16]"
+)
+@click.option(
+    "--kv-link", type=float, default=25.0, show_default=True, help="Link that KV caches move over, GB/s."
+)
 @click.option("--max-num-seqs", type=int, multiple=True, help="Batch limits to try; chosen when left out.")
 @click.option("--max-num-batched-tokens", type=int, help="Token budget of a step; chosen when left out.")
 @click.option("--price", "prices", multiple=True, metavar="KEY=USD", help="Price of an accelerator per hour.")
@@ -225,6 +231,8 @@ def _constraints(flags: dict[str, Any], document: Any) -> Constraints:
     budget = flags["max_num_batched_tokens"]
     if budget is not None and not 32 <= budget <= 262_144:
         raise ValueError(f"--max-num-batched-tokens {budget}: use 32 to 262144")
+    if not 0.0 < flags["kv_link"] < math.inf:
+        raise ValueError(f"--kv-link {flags['kv_link']:g}: use a number of GB/s above 0")
     if flags["spare"] < 0:
         raise ValueError(f"--spare {flags['spare']}: use 0 or more")
     margin = flags["tail_margin"] if flags["tail_margin"] is not None else TAIL_MARGIN
@@ -235,6 +243,7 @@ def _constraints(flags: dict[str, Any], document: Any) -> Constraints:
         accelerators=chosen,
         tensor_parallel=sizes or (1, 2, 4, 8),
         weights=tuple(dict.fromkeys(flags["weights"])) or ("bf16",),
+        kv_dtype=flags["kv_dtype"] or "bf16",
         batch_limits=limits or BATCH_LIMITS,
         max_num_batched_tokens=flags["max_num_batched_tokens"],
         aggregated=flags["disaggregation"] != "only",
@@ -242,6 +251,7 @@ def _constraints(flags: dict[str, Any], document: Any) -> Constraints:
         prices=prices,
         spare=flags["spare"],
         tail_margin=margin,
+        link_gb_s=flags["kv_link"],
     )
     return constraints if document is None else _constrained(constraints, document, flags)
 
@@ -276,12 +286,12 @@ def _constrained(constraints: Constraints, document: Any, flags: dict[str, Any])
     if budgets and constraints.max_num_batched_tokens is None:
         constraints = replace(constraints, max_num_batched_tokens=min(budgets))
     named = {"FP8": ("fp8",), "INT8": ("int8",), "INT4": ("int4",), "Auto": ("bf16", "fp8")}
+    if flags["kv_dtype"] is None and any(engine.kv_cache_dtype.value == "FP8" for engine in engines):
+        constraints = replace(constraints, kv_dtype="fp8")
     if not flags["weights"]:
         for engine in engines:
             if engine.quantization is not None and engine.quantization.value in named:
                 constraints = replace(constraints, weights=named[engine.quantization.value])
-            if engine.kv_cache_dtype.value == "FP8":
-                constraints = replace(constraints, kv_dtype="fp8")
     return constraints
 
 

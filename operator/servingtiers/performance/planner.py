@@ -120,8 +120,8 @@ class Demand:
             if not 1.0 <= value < math.inf:
                 raise ValueError(f"{name} {value:g}: use 1 or more")
         for name, value in (("prompt", self.prompt_cv), ("output", self.output_cv)):
-            if not 0.0 <= value <= 10.0:
-                raise ValueError(f"{name} length CV {value:g}: use 0 (all alike) to 10")
+            if not 0.0 <= value <= 3.0:
+                raise ValueError(f"{name} length CV {value:g}: use 0 (all alike) to 3")
         if not 0.0 <= self.prefix_hit_rate <= 1.0:
             raise ValueError(f"prefix hit rate {self.prefix_hit_rate:g}: use a share from 0 to 1")
 
@@ -466,9 +466,8 @@ def plan(
                 tuple(objectives),
                 (),
                 tuple(rejections),
-                f"infeasible in simulation: closed forms, which assume Poisson arrivals, would take {fleet}, but with "
-                f"{demand.arrivals} arrivals {_listed(objectives)} is missed at 3 times as many, too: loosen it, or "
-                "smooth the arrivals with a queue in front",
+                f"infeasible in simulation: closed forms would take {fleet}, but simulated with {demand.arrivals} "
+                f"arrivals {_listed(objectives)} is missed at 3 times as many, too: loosen it, or smooth the arrivals",
             )
     if choices:
         best = choices[0]
@@ -817,7 +816,7 @@ def _too_slow(
     idle = best.points[0]
     with_margin = ", margin included" if _margined(objective, constraints.tail_margin) > 1.0 else ""
     reason = f"idle, {objective.metric.upper()} {objective.percentile} is {duration(value)}{with_margin}, not {duration(objective.target_ms)}"
-    if objective.metric is Metric.E2E:
+    if objective.metric is Metric.E2E and shape.output_tokens > 1.0:
         ttft, tpot = idle.ttft.mean + FRONT_END_MS, idle.tpot.mean
         fits = (
             max(math.floor((objective.target_ms - ttft) / tpot) + 1, 0) if objective.target_ms >= ttft else 0
