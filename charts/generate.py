@@ -363,6 +363,8 @@ def render(values_: Mapping[str, Any]) -> list[Json]:
     for obj in objects:
         for name in ("helm.sh/chart", "app.kubernetes.io/managed-by"):
             obj["metadata"].get("labels", {}).pop(name, None)
+        if obj["metadata"].get("annotations", {}).keys() == {"helm.sh/resource-policy"}:
+            del obj["metadata"]["annotations"]
         if obj["kind"] == "Deployment":
             # kustomize names the ConfigMap by its content.
             template = obj["spec"]["template"]["metadata"]
