@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -105,13 +107,16 @@ def _run(console: Console, *, terminal: bool, keep: bool, seconds: float, output
         if locate_router(progress=view.say) is None:
             view.say("vllm-router cannot be had here: a simulated one stands in")
         with Ring(settings.ring, progress=view.say) as ring:
-            with view:
-                outcome = play(
-                    settings, ring, progress=view.say, on_sample=view.sample, on_decision=view.decision
-                )
+            try:
+                with view:
+                    outcome = play(
+                        settings, ring, progress=view.say, on_sample=view.sample, on_decision=view.decision
+                    )
+            finally:
+                # Above all when it failed: the log goes with the stage.
+                _save_log(ring, output / "operator.log")
             write_summary(outcome, output / "summary.json")
             write_report(outcome, output / "report.html")
-            (output / "operator.log").write_text(outcome.operator_log, encoding="utf-8")
             _print_outcome(console, outcome, output)
             if keep:
                 _keep(console, ring, output / "kept.json")
@@ -122,6 +127,12 @@ def _run(console: Console, *, terminal: bool, keep: bool, seconds: float, output
         return [str(error)]
     view.say("done")
     return outcome.problems()
+
+
+def _save_log(ring: Ring, to: Path) -> None:
+    with contextlib.suppress(OSError):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ring.details.operator_log, to)
 
 
 # -- keeping ---------------------------------------------------------------------------------------------------
