@@ -48,6 +48,10 @@ _RUNTIME_CLASS = "vllm-cpu"
 _USERS = {"admin": ("system:masters",), "node": ("system:nodes",), "proxy": ("system:node-proxier-group",)}
 _KERNEL_SETTINGS = ("vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops")
 _CLONE_NEWNET = 0x40000000
+_CGROUP = "k8s.io"
+"""Where containerd puts the pods."""
+_CPU_WEIGHT = 6144
+"""Weight of all pods together: a pod's own is its request, and one process of the host weighs 1,024."""
 
 
 class ClusterError(RuntimeError):
@@ -98,6 +102,7 @@ class Cluster:
         images.pause()
         for name in _ORDER:
             self.start(name)
+        self._weigh_pods()
         self._wait("the node", self._node_ready, "kubelet", 120)
         self._install_basics()
         say(f"cluster ready in {time.monotonic() - begun:.0f} s: export KUBECONFIG={places.kubeconfig}")
@@ -170,8 +175,19 @@ class Cluster:
                     with contextlib.suppress(OSError):
                         each.unlink()
 
+    def _weigh_pods(self) -> None:
+        """Let the pods share the cores with the host's own processes.
+
+        The kubelet does not manage the tree of cgroups here, so a pod with a request of a tenth of a core would
+        otherwise weigh a tenth of any one process of the host, and starve beside a compiler.
+        """
+        folder = Path("/sys/fs/cgroup/cpu")
+        if folder.is_dir():  # cgroup v1, where the weight is called shares
+            (folder / _CGROUP).mkdir(exist_ok=True)
+            (folder / _CGROUP / "cpu.shares").write_text(str(_CPU_WEIGHT))
+
     def _remove_cgroups(self) -> None:
-        for root in Path("/sys/fs/cgroup").glob(f"*/{self.places.namespace}"):
+        for root in Path("/sys/fs/cgroup").glob(f"*/{_CGROUP}"):
             for folder in sorted((p for p in root.rglob("*") if p.is_dir()), key=lambda p: -len(p.parts)):
                 with contextlib.suppress(OSError):
                     folder.rmdir()
@@ -215,11 +231,15 @@ class Cluster:
         self._write_once("tokens.json", lambda: json.dumps({user: secrets.token_hex(24) for user in _USERS}))
         tokens = self._tokens()
         names = {"admin": "admin", "node": f"system:node:{NODE_NAME}", "proxy": "system:kube-proxy"}
-        lines = [f'{tokens[user]},{names[user]},{user},"{",".join(groups)}"' for user, groups in _USERS.items()]
+        lines = [
+            f'{tokens[user]},{names[user]},{user},"{",".join(groups)}"' for user, groups in _USERS.items()
+        ]
         self._write_once("tokens.csv", lambda: "\n".join(lines) + "\n")
         self._write_once(
             "kernel-settings.json",
-            lambda: json.dumps({name: Path("/proc/sys", name).read_text().strip() for name in _KERNEL_SETTINGS}),
+            lambda: json.dumps(
+                {name: Path("/proc/sys", name).read_text().strip() for name in _KERNEL_SETTINGS}
+            ),
         )
         cni = state / "cni"
         cni.mkdir(exist_ok=True)
@@ -269,7 +289,9 @@ class Cluster:
                     "hairpinMode": True,
                     "ipam": {
                         "type": "host-local",
-                        "ranges": [[{"subnet": _POD_RANGE, "rangeStart": "10.88.1.1", "gateway": NODE_ADDRESS}]],
+                        "ranges": [
+                            [{"subnet": _POD_RANGE, "rangeStart": "10.88.1.1", "gateway": NODE_ADDRESS}]
+                        ],
                         "dataDir": str(self.places.state / "addresses"),
                     },
                 },
@@ -408,13 +430,23 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
                 "--node-monitor-grace-period=120s",
             ],
             "kube-scheduler": [
-                *(str(plane.kube_scheduler), admin, "--leader-elect=false", "--secure-port=0", "--profiling=false"),
+                *(
+                    str(plane.kube_scheduler),
+                    admin,
+                    "--leader-elect=false",
+                    "--secure-port=0",
+                    "--profiling=false",
+                ),
             ],
             "containerd": ["containerd", f"--config={state / 'containerd.toml'}"],
             "coredns": [str(self._programs.coredns), "-conf", str(state / "Corefile"), "-dns.port", "53"],
             "kube-proxy": [
                 *(str(self._programs.kube_proxy), f"--kubeconfig={state / 'proxy.kubeconfig'}"),
-                *("--proxy-mode=iptables", f"--hostname-override={NODE_NAME}", f"--cluster-cidr={_POD_RANGE}"),
+                *(
+                    "--proxy-mode=iptables",
+                    f"--hostname-override={NODE_NAME}",
+                    f"--cluster-cidr={_POD_RANGE}",
+                ),
                 *("--conntrack-max-per-core=0", "--healthz-bind-address=", "--metrics-bind-address="),
                 # Pods share one bridge: an answer that took the short way back would not be translated.
                 "--masquerade-all",
@@ -489,11 +521,14 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
         """Let the node advertise ``count`` accelerators, as a device plugin does; the real scheduler places by it."""
         key = resource.replace("/", "~1")
         patch = [
-            {"op": "add", "path": f"/status/{part}/{key}", "value": str(count)} for part in ("capacity", "allocatable")
+            {"op": "add", "path": f"/status/{part}/{key}", "value": str(count)}
+            for part in ("capacity", "allocatable")
         ]
         # kubelet sets what it does not know to what it knows; it leaves resources it never heard of alone.
         with contextlib.suppress(ApiError):
-            self.kubectl("patch", "node", NODE_NAME, "--subresource=status", "--type=json", "-p", json.dumps(patch))
+            self.kubectl(
+                "patch", "node", NODE_NAME, "--subresource=status", "--type=json", "-p", json.dumps(patch)
+            )
 
     def running(self) -> Sequence[str]:
         """Return the names of the programs that run."""

@@ -26,6 +26,7 @@ __all__ = ["BASE", "ENGINE", "OPERATOR", "PAUSE", "PROMETHEUS", "ROUTER", "Image
 ROOT = Path(__file__).parents[2]
 """The repository."""
 _FILES = Path(__file__).parent.parent / "images"
+_DOCKERFILE = Path(os.environ.get("SERVINGTIERS_E2E_DOCKERFILE", ROOT / "Dockerfile"))
 
 PAUSE = "localhost/pause:1"
 BASE = "localhost/python:3.11-bookworm"
@@ -51,10 +52,16 @@ class Image:
 
 
 class Images:
-    """Builds what is out of date and loads it into containerd."""
+    """Builds what is out of date and loads it into containerd.
 
-    def __init__(self, places: Places) -> None:
+    Args:
+        places: Where images and sockets are.
+        rebuild: Whether an image whose sources changed is built again; otherwise any build of it will do.
+    """
+
+    def __init__(self, places: Places, *, rebuild: bool = True) -> None:
         self._places = places
+        self._rebuild = rebuild
         self._folder = places.cache / "images"
         self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -83,7 +90,8 @@ class Images:
         archive = self._archive(name)
         stamp = archive.with_suffix(".key")
         begun = time.monotonic()
-        fresh = archive.exists() and stamp.exists() and stamp.read_text() == key
+        fresh = archive.exists() and stamp.exists() and (not self._rebuild or stamp.read_text() == key)
+        key = stamp.read_text() if fresh else key
         if not fresh:
             stamp.unlink(missing_ok=True)
             archive.unlink(missing_ok=True)
@@ -136,11 +144,24 @@ class Images:
         if not stamp.exists() or stamp.read_text() != key:
             shutil.rmtree(rootfs, ignore_errors=True)
             run_with_progress(
-                ["debootstrap", "--variant=minbase", f"--include={','.join(_PACKAGES)}", _SUITE, str(rootfs), _DEBIAN],
+                [
+                    "debootstrap",
+                    "--variant=minbase",
+                    f"--include={','.join(_PACKAGES)}",
+                    _SUITE,
+                    str(rootfs),
+                    _DEBIAN,
+                ],
                 progress=say,
                 doing="putting Debian together",
             )
-            for folder in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale"):
+            for folder in (
+                "var/cache/apt",
+                "var/lib/apt/lists",
+                "usr/share/doc",
+                "usr/share/man",
+                "usr/share/locale",
+            ):
                 shutil.rmtree(rootfs / folder, ignore_errors=True)
                 (rootfs / folder).mkdir(parents=True)
             (rootfs / "usr/bin/python").unlink(missing_ok=True)
@@ -157,20 +178,35 @@ class Images:
     def operator(self) -> Image:
         """Build the product's image from the product's own Dockerfile, on our base."""
         sources = [
-            ROOT / "Dockerfile",
+            _DOCKERFILE,
             ROOT / "pyproject.toml",
             *(ROOT / "requirements").glob("*.txt"),
-            *(path for path in (ROOT / "operator").rglob("*") if path.is_file() and "__pycache__" not in path.parts),
+            *(
+                path
+                for path in (ROOT / "operator").rglob("*")
+                if path.is_file() and "__pycache__" not in path.parts
+            ),
         ]
         # Inside the build the package index is reached as it is from here.
-        passed = [f"--env={name}" for name in ("PIP_INDEX_URL", "PIP_CERT", "SSL_CERT_FILE") if name in os.environ]
+        passed = [
+            f"--env={name}" for name in ("PIP_INDEX_URL", "PIP_CERT", "SSL_CERT_FILE") if name in os.environ
+        ]
         bundle = os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt")
         return self._build(
             OPERATOR,
             self._key(BASE, files=sources),
             [
-                *("bud", "--tag", OPERATOR, "--build-arg", f"BASE_IMAGE={BASE}", "--network", "host", *passed),
-                *("--volume", f"{bundle}:{bundle}:ro", "--pull=false", "-f", str(ROOT / "Dockerfile"), str(ROOT)),
+                *(
+                    "bud",
+                    "--tag",
+                    OPERATOR,
+                    "--build-arg",
+                    f"BASE_IMAGE={BASE}",
+                    "--network",
+                    "host",
+                    *passed,
+                ),
+                *("--volume", f"{bundle}:{bundle}:ro", "--pull=false", "-f", str(_DOCKERFILE), str(ROOT)),
             ],
         )
 
@@ -194,7 +230,9 @@ class Images:
         with tempfile.TemporaryDirectory(dir=self._folder) as scratch:
             context = Path(scratch)
             key = self._key(BASE, str(site), files=files)
-            shutil.copytree(site, context / "site-packages", ignore=shutil.ignore_patterns("pip", "__pycache__"))
+            shutil.copytree(
+                site, context / "site-packages", ignore=shutil.ignore_patterns("pip", "__pycache__")
+            )
             for path in files:
                 shutil.copy2(path, context / path.name)
             return self._build(
@@ -219,7 +257,15 @@ class Images:
             return self._build(
                 PROMETHEUS,
                 key,
-                ["bud", "--tag", PROMETHEUS, "--build-arg", f"BASE_IMAGE={BASE}", "--pull=false", str(context)],
+                [
+                    "bud",
+                    "--tag",
+                    PROMETHEUS,
+                    "--build-arg",
+                    f"BASE_IMAGE={BASE}",
+                    "--pull=false",
+                    str(context),
+                ],
             )
 
 

@@ -6,6 +6,7 @@ Control-plane programs come from :mod:`servingtiers.lab.binaries`; here are the 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onenode.places import Places
-from servingtiers.lab.binaries import KUBERNETES_VERSION, Binaries, file_lock, locate, run_with_progress
+from servingtiers.lab.binaries import (
+    KUBERNETES_VERSION,
+    Binaries,
+    cache_folder,
+    file_lock,
+    locate,
+    run_with_progress,
+)
 from servingtiers.lab.routers import locate_router
 
-__all__ = ["COREDNS_VERSION", "HELM_VERSION", "Programs", "ProgramsError", "engine", "helm", "prepare", "router", "say"]
+__all__ = [
+    "COREDNS_VERSION",
+    "HELM_VERSION",
+    "Programs",
+    "ProgramsError",
+    "engine",
+    "helm",
+    "prepare",
+    "router",
+    "say",
+]
 
 COREDNS_VERSION = "v1.15.0"
 HELM_VERSION = "v3.22.0"
@@ -159,7 +177,9 @@ def prepare(places: Places) -> Programs:
         ProgramsError: One cannot be had here.
     """
     if os.geteuid() != 0:
-        raise ProgramsError("a node needs root (namespaces, mounts, cgroups): use sudo, or KUBECONFIG with --existing")
+        raise ProgramsError(
+            "a node needs root (namespaces, mounts, cgroups): use sudo, or KUBECONFIG with --existing"
+        )
     places.cache.mkdir(parents=True, exist_ok=True)
     _debian_packages()
     node = _made(places.cache / f"node-{KUBERNETES_VERSION}", "kubelet and kube-proxy", _build_node_programs)
@@ -176,13 +196,13 @@ def prepare(places: Places) -> Programs:
     )
 
 
-def helm(places: Places) -> Path:
+def helm() -> Path:
     """Return Helm: the one on the path, or one built into the cache."""
     found = shutil.which("helm")
     if found is not None:
         return Path(found)
     folder = _made(
-        places.cache / f"helm-{HELM_VERSION}",
+        cache_folder() / "helm" / f"{HELM_VERSION}-linux-{platform.machine()}",
         "Helm",
         lambda to: _go_install(f"helm.sh/helm/v3/cmd/helm@{HELM_VERSION}", to),
     )
@@ -204,7 +224,15 @@ def _environment(folder: Path, requirements: Path, what: str) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     run_with_progress(
         [
-            *(*_uv(), "pip", "install", "--no-deps", "--compile-bytecode", "--python", str(folder / "bin" / "python")),
+            *(
+                *_uv(),
+                "pip",
+                "install",
+                "--no-deps",
+                "--compile-bytecode",
+                "--python",
+                str(folder / "bin" / "python"),
+            ),
             *("--require-hashes", "-r", str(requirements)),
         ],
         progress=say,

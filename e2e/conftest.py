@@ -1,0 +1,121 @@
+"""The cluster, the product in it and one line of figures for each scenario."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from harness.kube import Kube, wait_for
+from harness.product import Product
+from onenode import images as built
+from onenode import programs
+from onenode.cluster import Cluster
+from onenode.images import Images
+
+_FIGURES: list[str] = []
+_FAILED = pytest.StashKey[bool]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the choices of a cluster."""
+    parser.addoption("--gpus", type=int, default=6, help="accelerators that the node advertises")
+    parser.addoption("--any-build", action="store_true", help="take cached images although sources changed")
+
+
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest) -> Cluster:
+    """Bring the one-node cluster up, or find it up, and move this process into its network."""
+    cluster = Cluster()
+    cluster.up()
+    images = Images(cluster.places, rebuild=not request.config.getoption("--any-build"))
+    for make in (images.base, images.operator, images.engine, images.router, images.prometheus):
+        image = make()
+        if image.seconds:
+            programs.say(f"image {image.name}: {image.size_mib:.0f} MiB, built in {image.seconds:.0f} s")
+    built.model(cluster.places)
+    cluster.enter()
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def kube(cluster: Cluster) -> Kube:
+    """Return the cluster as its administrator sees it."""
+    kubectl = programs.prepare(cluster.places).control_plane.kubectl
+    return Kube(cluster.places.kubeconfig, kubectl or Path("kubectl"), direct=True)
+
+
+@pytest.fixture(scope="session")
+def product(cluster: Cluster, kube: Kube, tmp_path_factory: pytest.TempPathFactory) -> Product:
+    """Install the product by Helm into a restricted namespace."""
+    names = {"operator": built.OPERATOR, "engine": built.ENGINE, "router": built.ROUTER}
+    product = Product(kube, programs.helm(), names, tmp_path_factory.mktemp("product"))
+    product.prepare_namespace(cluster.places.model)
+    product.install()
+    return product
+
+
+@pytest.fixture(autouse=True)
+def room(request: pytest.FixtureRequest, cluster: Cluster, kube: Kube) -> Iterator[None]:
+    """Begin with no tier and all accelerators; afterwards remove the tiers and wait until their pods are gone."""
+    cluster.set_accelerators(request.config.getoption("--gpus"))
+    yield
+    if request.node.stash.get(_FAILED, False):
+        _tell(kube, cluster.places.cache / "failures" / f"{request.node.name}.txt")
+    if os.environ.get("KEEP"):
+        return
+    kube.run("delete", "servingtiers", "--all", "--ignore-not-found", check=False)
+    wait_for("tiers' Deployments gone", 60, lambda: not kube.list("deployments", "servingtiers.io/tier"))
+    # Engines drain for as long as they may; nobody asks anything of them any more.
+    kube.run(
+        "delete", "pods", "--selector=servingtiers.io/tier", "--grace-period=1", "--wait=false", check=False
+    )
+    wait_for("tiers' pods gone", 90, lambda: not kube.list("pods", "servingtiers.io/tier"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remember whether the test itself failed."""
+    report = yield
+    if report.when == "call":
+        item.stash[_FAILED] = report.failed
+    return report
+
+
+def _tell(kube: Kube, to: Path) -> None:
+    """Write down what the cluster looked like."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    parts = [
+        kube.run("get", "pods,deployments,servingtiers,events", "-o=wide", check=False),
+        kube.run("get", "servingtiers", "-o=yaml", check=False),
+        kube.run("logs", "--selector=app.kubernetes.io/component=operator", "--tail=200", check=False),
+        kube.run(
+            "logs", "--selector=app.kubernetes.io/component=router", "--tail=200", "--prefix", check=False
+        ),
+        kube.run(
+            "logs", "--selector=app.kubernetes.io/component=engine", "--tail=200", "--prefix", check=False
+        ),
+    ]
+    to.write_text("\n".join(parts))
+    programs.say(f"failed: what the cluster looked like is in {to}")
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Return a function that takes the scenario's line of figures."""
+
+    def record(line: str) -> None:
+        _FIGURES.append(f"{request.node.name}: {line}")
+        programs.say(_FIGURES[-1])
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures together."""
+    if _FIGURES:
+        terminalreporter.section("figures")
+        for line in _FIGURES:
+            terminalreporter.write_line(line)

@@ -1,0 +1,11 @@
+# Real vLLM, real vllm-router, real kubelet: included by the Makefile.
+
+.PHONY: e2e e2e-up e2e-down
+e2e: setup ## Scenarios on a real one-node cluster with real vLLM on CPU (root; S=3 runs one scenario)
+	@cd e2e && ../$(BIN)/python -m pytest -q -s $(if $(S),scenarios/test_$(S)_*.py,)
+
+e2e-up: setup ## Bring that cluster up and leave it up
+	@cd e2e && ../$(BIN)/python -m onenode up
+
+e2e-down: setup ## Remove that cluster; programs and images stay in the cache
+	@cd e2e && ../$(BIN)/python -m onenode down

@@ -1,0 +1,181 @@
+"""A cluster as the scenarios see it: objects through ``kubectl``, Services by address."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["Kube", "KubeError", "WaitError", "wait_for"]
+
+
+class KubeError(RuntimeError):
+    """``kubectl`` failed; the message is its own."""
+
+
+class WaitError(AssertionError):
+    """Something did not come about in time; the message says what was there instead."""
+
+
+def wait_for(what: str, seconds: float, look: Callable[[], object], *, every: float = 1.0) -> float:
+    """Return after how many seconds ``look`` first returned something true.
+
+    Args:
+        what: What is waited for, for the message.
+        seconds: The limit.
+        look: Looks once; what it last returned or raised goes into the message.
+        every: Pause between looks, seconds.
+
+    Raises:
+        WaitError: The limit passed.
+    """
+    begun = time.monotonic()
+    last: object = None
+    while True:
+        try:
+            last = look()
+            if last:
+                return time.monotonic() - begun
+        except (KubeError, OSError) as error:
+            last = error
+        if time.monotonic() - begun > seconds:
+            raise WaitError(f"{what}: not within {seconds:.0f} s (last: {last!r})")
+        time.sleep(every)
+
+
+@dataclass(frozen=True, slots=True)
+class Kube:
+    """One cluster, by its kubeconfig."""
+
+    kubeconfig: Path
+    kubectl: Path
+    direct: bool
+    """Whether addresses of pods and Services are reached from here; otherwise the API server passes requests on."""
+    namespace: str = "llm"
+
+    def run(
+        self, *arguments: str, stdin: str | None = None, namespace: str | None = None, check: bool = True
+    ) -> str:
+        """Run kubectl in the namespace and return what it prints.
+
+        Raises:
+            KubeError: It failed and ``check`` is true.
+        """
+        done = subprocess.run(
+            [
+                *(
+                    str(self.kubectl),
+                    f"--kubeconfig={self.kubeconfig}",
+                    f"--namespace={namespace or self.namespace}",
+                ),
+                *arguments,
+            ],
+            input=stdin,
+            check=False,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "KUBECONFIG": str(self.kubeconfig)},
+        )
+        if check and done.returncode:
+            raise KubeError(f"kubectl {' '.join(arguments[:3])}: {done.stderr.strip()}")
+        return done.stdout
+
+    def apply(self, *objects: Mapping[str, Any], namespace: str | None = None) -> None:
+        """Apply objects as a user does."""
+        self.run("apply", "-f", "-", stdin=yaml.safe_dump_all(objects), namespace=namespace)
+
+    def get(self, kind: str, name: str, namespace: str | None = None) -> dict[str, Any]:
+        """Return one object."""
+        found: dict[str, Any] = json.loads(self.run("get", kind, name, "-o=json", namespace=namespace))
+        return found
+
+    def list(self, kind: str, selector: str = "", namespace: str | None = None) -> list[dict[str, Any]]:
+        """Return the objects of a kind."""
+        found: list[dict[str, Any]] = json.loads(
+            self.run("get", kind, "-o=json", f"--selector={selector}", namespace=namespace)
+        )["items"]
+        return found
+
+    def patch(self, kind: str, name: str, body: Mapping[str, Any], namespace: str | None = None) -> None:
+        """Merge-patch one object."""
+        self.run("patch", kind, name, "--type=merge", "-p", json.dumps(body), namespace=namespace)
+
+    def delete(self, kind: str, name: str, *flags: str, namespace: str | None = None) -> None:
+        """Delete one object; one that is gone is fine."""
+        self.run("delete", kind, name, "--ignore-not-found", *flags, namespace=namespace)
+
+    def service_url(self, name: str, port: int = 80, namespace: str | None = None) -> str:
+        """Return the base URL of a Service."""
+        spec = self.get("service", name, namespace)["spec"]
+        return f"http://{spec['clusterIP']}:{port}"
+
+    def pods(self, selector: str, namespace: str | None = None) -> list[dict[str, Any]]:
+        """Return the pods that are not on their way out."""
+        return [
+            pod
+            for pod in self.list("pods", selector, namespace)
+            if "deletionTimestamp" not in pod["metadata"]
+        ]
+
+    def engines(self, tier: str, pool: str | None = None) -> list[dict[str, Any]]:
+        """Return the engine pods at home in a tier."""
+        selector = f"app.kubernetes.io/component=engine,servingtiers.io/tier={tier}"
+        return self.pods(selector + (f",servingtiers.io/pool={pool}" if pool else ""))
+
+    def routers(self, tier: str) -> list[dict[str, Any]]:
+        """Return the router pods of a tier."""
+        return self.pods(f"app.kubernetes.io/component=router,servingtiers.io/tier={tier}")
+
+    def condition(self, tier: str, kind: str) -> dict[str, Any]:
+        """Return one condition of a tier; empty where there is none yet."""
+        conditions = self.get("servingtier", tier).get("status", {}).get("conditions", [])
+        return next((each for each in conditions if each["type"] == kind), {})
+
+    def wait_ready(self, *tiers: str, seconds: float = 240) -> float:
+        """Return how long it took until every tier is Ready and its routers are."""
+
+        def ready() -> bool:
+            return all(
+                self.condition(tier, "Ready").get("status") == "True"
+                and any(pod_ready(pod) for pod in self.routers(tier))
+                for tier in tiers
+            )
+
+        return wait_for(f"tiers {', '.join(tiers)} ready", seconds, ready)
+
+
+def pod_ready(pod: Mapping[str, Any]) -> bool:
+    """Return whether a pod's Ready condition is true."""
+    return any(
+        each["type"] == "Ready" and each["status"] == "True"
+        for each in pod.get("status", {}).get("conditions", [])
+    )
+
+
+def scrape(url: str) -> dict[str, float]:
+    """Return the samples of a metrics page, ``name{labels}`` to value."""
+    with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 - an address of the cluster under test
+        lines = answer.read().decode().splitlines()
+    samples: dict[str, float] = {}
+    for line in lines:
+        if line and not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            samples[name] = float(value)
+    return samples
+
+
+def total(samples: Mapping[str, float], name: str, *labels: str) -> float:
+    """Return the sum of the samples of a metric that carry all ``labels`` (``key="value"``)."""
+    return sum(
+        value
+        for key, value in samples.items()
+        if key.split("{", 1)[0] == name and all(label in key for label in labels)
+    )

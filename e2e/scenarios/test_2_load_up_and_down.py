@@ -1,0 +1,139 @@
+"""Scenario 2: load rises, replicas follow, accelerators run out; load falls, replicas drain away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import time
+
+from harness import prometheus as monitoring
+from harness.kube import pod_ready, wait_for
+from harness.tiers import tier
+from harness.traffic import Traffic
+from onenode import images as built
+from onenode import programs
+
+ACCELERATORS = 3
+WAITING_LIMIT = 2
+TTFT_TARGET = 1.0
+
+
+async def _bench(places, url, *, rate, requests, output):
+    """Run ``vllm bench serve`` and return its result."""
+    python = programs.engine(places) / "bin" / "python"
+    result = places.state / "bench.json"
+    result.unlink(missing_ok=True)
+    process = await asyncio.create_subprocess_exec(
+        *(
+            str(python),
+            "-m",
+            "vllm.entrypoints.cli.main",
+            "bench",
+            "serve",
+            "--backend",
+            "vllm",
+            "--base-url",
+            url,
+        ),
+        *("--model", "tiny", "--tokenizer", str(places.model / "tiny"), "--dataset-name", "random"),
+        *("--random-input-len", "48", "--random-output-len", str(output), "--num-prompts", str(requests)),
+        *("--request-rate", str(rate), "--ignore-eos", "--percentile-metrics", "ttft,tpot,e2el"),
+        *("--save-result", "--result-filename", str(result), "--disable-tqdm"),
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_TARGET_DEVICE": "cpu", "VLLM_NO_USAGE_STATS": "1"},
+        stdout=(places.state / "bench.log").open("wb"),
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    assert await process.wait() == 0, (places.state / "bench.log").read_text()[-600:]
+    return json.loads(result.read_text())
+
+
+async def test_replicas_follow_the_load_and_wait_for_accelerators_and_nobody_notices(
+    product, kube, cluster, figures
+):
+    prometheus = monitoring.install(kube, built.PROMETHEUS)
+    cluster.set_accelerators(ACCELERATORS)
+    kube.apply(
+        tier(
+            "chat",
+            replicas=(1, 4),
+            batch=4,
+            cpu_limit="450m",
+            scaling={"maxWaitingPerReplica": WAITING_LIMIT, "scaleDownHold": "20s"},
+            slo={"ttft": {"p99": f"{TTFT_TARGET:g}s"}},
+        )
+    )
+    kube.wait_ready("chat", seconds=300)
+    url = kube.service_url("chat")
+    seen: dict[str, float] = {}
+    peak = {"waiting": 0.0, "ttft": 0.0, "replicas": 1}
+    begun = time.monotonic()
+
+    def note(event):
+        seen.setdefault(event, time.monotonic() - begun)
+
+    async def watch():
+        while True:
+            waiting = await asyncio.to_thread(prometheus.value, 'sum(vllm:num_requests_waiting{tier="chat"})')
+            slow = await asyncio.to_thread(
+                prometheus.value,
+                "histogram_quantile(0.99, sum by (le)"
+                ' (rate(vllm:time_to_first_token_seconds_bucket{tier="chat"}[30s])))',
+            )
+            replicas = (await asyncio.to_thread(kube.get, "deployment", "chat-pool"))["spec"]["replicas"]
+            if not math.isnan(waiting):
+                peak["waiting"] = max(peak["waiting"], waiting)
+            if not math.isnan(slow):
+                peak["ttft"] = max(peak["ttft"], slow)
+            peak["replicas"] = max(peak["replicas"], replicas)
+            if waiting > WAITING_LIMIT or slow > TTFT_TARGET:
+                note("breach")
+            if replicas > 1:
+                note("decided")
+            engines = await asyncio.to_thread(kube.engines, "chat")
+            if sum(pod_ready(pod) for pod in engines) > 1:
+                note("added")
+            if replicas > ACCELERATORS:
+                limited = await asyncio.to_thread(kube.condition, "chat", "ScalingLimited")
+                if limited.get("reason") == "Unschedulable":
+                    note("pending")
+                    seen.setdefault("message", limited["message"])
+            await asyncio.sleep(1)
+
+    light = Traffic(url, rate=0.5, prompt_tokens=48, output_tokens=16, seed=2)
+    async with light.running():
+        watching = asyncio.create_task(watch())
+        bench = await _bench(cluster.places, url, rate=6, requests=900, output=96)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        begun_down = time.monotonic()
+        sizes: list[int] = []
+
+        def down():
+            sizes.append(kube.get("deployment", "chat-pool")["spec"]["replicas"])
+            return sizes[-1] == 1 and len(kube.list("pods", "servingtiers.io/pool=pool")) == 1
+
+        shrunk = await asyncio.to_thread(wait_for, "one engine again", 420, down)
+        del begun_down
+        await asyncio.sleep(5)
+
+    figures(
+        f"{bench['completed']} + {len(light.answers)} requests, {bench.get('failed', 0)} + {len(light.failed)} failed;"
+        f" breach seen at {seen.get('breach', math.nan):.0f} s, scale-up decided at {seen.get('decided', math.nan):.0f} s,"
+        f" second engine ready at {seen.get('added', math.nan):.0f} s, out of accelerators at"
+        f" {seen.get('pending', math.nan):.0f} s; peak {peak['waiting']:.0f} waiting, TTFT p99 {peak['ttft']:.1f} s,"
+        f" {peak['replicas']} replicas; back at 1 engine {shrunk:.0f} s after the load"
+    )
+    assert bench["completed"] == 900
+    assert [each for each in light.failed] == []
+    assert peak["waiting"] > WAITING_LIMIT
+    assert peak["ttft"] > TTFT_TARGET
+    assert seen["decided"] <= seen["breach"] + 30
+    assert "added" in seen
+    # The fourth engine waits for an accelerator, and the tier says so.
+    assert peak["replicas"] == 4
+    assert "cannot be scheduled" in str(seen["message"])
+    # Slowly and in order: never more than one step down at a time.
+    steps = [b - a for a, b in zip(sizes, sizes[1:], strict=False)]
+    assert min(steps, default=0) >= -1 or sizes[0] == 1

@@ -1,0 +1,106 @@
+"""Scenario 3: prefill and decode apart, with the KV cache moved between pods."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+import aiohttp
+
+from harness.kube import pod_ready, scrape, total, wait_for
+from harness.tiers import disaggregated
+from harness.traffic import Traffic, ask, prompt
+
+SOURCE = "vllm:prompt_tokens_by_source_total"
+
+
+def _pages(kube, tier, pool):
+    return [scrape(f"http://{pod['status']['podIP']}:8000/metrics") for pod in kube.engines(tier, pool)]
+
+
+def _tokens(pages, source):
+    return sum(total(page, SOURCE, f'source="{source}"') for page in pages)
+
+
+async def test_decode_gets_its_prompts_from_prefill_and_the_pools_scale_apart(product, kube, figures):
+    kube.apply(disaggregated("split", prefill=(1, 2), decode=(1, 2)))
+    ready = kube.wait_ready("split", seconds=300)
+    url = kube.service_url("split")
+    rng = random.Random(3)
+    answers = []
+    async with aiohttp.ClientSession() as session:
+        # The first transfer of a pair of engines pays for their handshake; a client tries once more.
+        await ask(session, url, tokens=2, text=prompt(40, rng))
+        answers = [await ask(session, url, tokens=8, text=prompt(96, rng)) for _ in range(30)]
+    failed = [each for each in answers if not each.ok]
+    assert failed == []
+    assert [each.tokens for each in answers] == [8] * len(answers)
+
+    decode, prefill = _pages(kube, "split", "decode"), _pages(kube, "split", "prefill")
+    moved, computed = _tokens(decode, "external_kv_transfer"), _tokens(decode, "local_compute")
+    prompts = moved + computed + _tokens(decode, "local_cache_hit")
+    assert prompts > 30 * 90
+    assert moved >= 0.95 * prompts
+    assert _tokens(prefill, "local_compute") + _tokens(prefill, "local_cache_hit") >= moved
+
+    # One pool grows; the other stays as it is and none of its engines restarts.
+    before = {pod["metadata"]["uid"] for pod in kube.engines("split", "prefill")}
+    kube.patch(
+        "servingtier", "split", {"spec": {"disaggregation": {"decode": {"scaling": {"minReplicas": 2}}}}}
+    )
+    grown = wait_for(
+        "two decode engines ready",
+        240,
+        lambda: sum(pod_ready(pod) for pod in kube.engines("split", "decode")) == 2,
+    )
+    after = {pod["metadata"]["uid"] for pod in kube.engines("split", "prefill")}
+    assert after == before
+
+    # The new engine takes its share: two decode engines, one prefill.
+    async with aiohttp.ClientSession() as session:
+        more = [await ask(session, url, tokens=4, text=prompt(96, rng)) for _ in range(20)]
+    assert [each for each in more if not each.ok] == []
+    shares = [total(page, "vllm:request_success_total") for page in _pages(kube, "split", "decode")]
+    assert min(shares) >= 3
+
+    figures(
+        f"Ready {ready:.0f} s after apply; {moved:.0f} of {prompts:.0f} prompt tokens ({moved / prompts:.1%}) reached "
+        f"decode by transfer; {len(answers) + len(more)} of {len(answers) + len(more)} answered; decode 1→2 in "
+        f"{grown:.0f} s beside an untouched prefill"
+    )
+
+
+async def test_a_prefill_engine_that_goes_gives_up_its_kv_first(product, kube, figures):
+    kube.apply(disaggregated("split", prefill=(2, 2), decode=(1, 1)))
+    kube.wait_ready("split", seconds=300)
+    wait_for(
+        "two prefill engines ready",
+        240,
+        lambda: sum(pod_ready(pod) for pod in kube.engines("split", "prefill")) == 2,
+    )
+    url = kube.service_url("split")
+    rng = random.Random(4)
+    async with aiohttp.ClientSession() as session:
+        for _ in range(4):
+            await ask(session, url, tokens=2, text=prompt(40, rng))
+    traffic = Traffic(url, rate=1.5, prompt_tokens=96, output_tokens=16, seed=5)
+    async with traffic.running():
+        await asyncio.sleep(8)
+        leaving = kube.engines("split", "prefill")[0]["metadata"]["name"]
+        kube.delete("pod", leaving, "--wait=false")
+        begun = time.monotonic()
+        gone = wait_for(
+            "the prefill engine gone",
+            120,
+            lambda: (
+                leaving
+                not in [pod["metadata"]["name"] for pod in kube.list("pods", "servingtiers.io/pool=prefill")]
+            ),
+        )
+        await asyncio.sleep(max(0.0, 20 - (time.monotonic() - begun)))
+    failed = traffic.failed
+    figures(f"prefill engine deleted under load, gone after {gone:.0f} s; {traffic.summary()}")
+    # It lives on for its pre-stop sleep, longer than decode may take to fetch what it holds (30 s).
+    assert gone >= 30
+    assert failed == []
