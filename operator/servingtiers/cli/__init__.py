@@ -41,7 +41,9 @@ class _Lazy(click.Group):
         del ctx
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"servingtiers.cli.{_MODULES.get(cmd_name, cmd_name)}").command
+        command: click.Command = importlib.import_module(
+            f"servingtiers.cli.{_MODULES.get(cmd_name, cmd_name)}"
+        ).command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

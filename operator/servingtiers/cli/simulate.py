@@ -291,7 +291,7 @@ def _scenario(tiers: Sequence[Path], traces: Sequence[str], seed: int, flags: di
     faults = [MetricFault(FaultKind.DOWN, *_span(text, "--metric-gap")) for text in flags["gaps"]]
     for text in flags["faults"]:
         kind, _, span = text.partition(":")
-        if kind not in FaultKind:
+        if kind not in set(FaultKind):
             raise InputError(f"--metric-fault {text!r}: the kinds are {', '.join(FaultKind)}")
         faults.append(MetricFault(FaultKind(kind), *_span(span, "--metric-fault")))
     plans = []

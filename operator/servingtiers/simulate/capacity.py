@@ -7,10 +7,12 @@ replicas.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from servingtiers.core.decisions import PoolRole
 from servingtiers.core.signals import Histogram, Load, Value
@@ -23,19 +25,22 @@ __all__ = ["Belief", "Work", "capacity_rps", "work_of"]
 
 _PROBE_REQUESTS = 1500
 _ALLOWED = 0.01
+_TTFT_SHARE = {PoolRole.AGGREGATED: 1.0, PoolRole.PREFILL: 0.85, PoolRole.DECODE: 0.15}
+"""Share of a client's TTFT that each engine may take; a decode engine only waits for a seat."""
+_HOPELESS = 0.5
+"""Share of requests that miss even alone, above which no capacity is worth a number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Replica-seconds a request costs at the objectives: ``fixed + prompt·in + output·out``."""
+    """Replica-seconds a request costs at the objectives, per token: ``prompt·in + output·out``."""
 
-    fixed: float
     prompt: float
     output: float
 
     def seconds(self, prompt: float, output: float) -> float:
         """Return the replica-seconds of one request of these lengths."""
-        return max(self.fixed + self.prompt * prompt + self.output * output, 1e-6)
+        return max(self.prompt * prompt + self.output * output, 1e-6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ class Belief:
         return self.error / self.work.seconds(prompt, output)
 
 
-def _violations(
+def _missed(
     model: GridStepModel,
     engine: EngineConfig,
     role: PoolRole,
@@ -72,8 +77,8 @@ def _violations(
     prompt: tuple[float, float],
     output: tuple[float, float],
     limits: tuple[tuple[str, float], ...],
-) -> float:
-    """Share of requests that miss a limit on one replica under Poisson arrivals."""
+) -> NDArray[np.bool_]:
+    """Requests that miss a limit on one replica under Poisson arrivals; the same requests at every rate."""
     workload = Workload(
         prompt_tokens=max(prompt[0], 1.0),
         output_tokens=max(output[0], 1.0),
@@ -96,14 +101,13 @@ def _violations(
     for metric, limit in limits:
         match metric:
             case "ttft":
-                # Each engine of a pair is given half of the client's wait.
-                missed |= first > (limit if role is PoolRole.AGGREGATED else limit / 2)
+                missed |= first > limit * _TTFT_SHARE[role]
             case "e2e":
                 missed |= whole > limit
             case _:
                 missed |= per_token > limit
-    # A queue that grows shows in the second half.
-    return float(missed[len(missed) // 3 :].mean())
+    # A queue that grows shows in the later part.
+    return missed[len(missed) // 3 :]
 
 
 @lru_cache(maxsize=4096)
@@ -115,7 +119,10 @@ def capacity_rps(
     output: tuple[float, float],
     limits: tuple[tuple[str, float], ...],
 ) -> float:
-    """Return the highest Poisson rate at which one replica misses at most 1 % of its requests.
+    """Return the highest Poisson rate at which one replica misses at most 1 % of its requests because of load.
+
+    Requests that miss even alone (a prompt whose computation takes longer than the TTFT objective) are left out: no
+    number of replicas helps them.
 
     Args:
         model: Step times.
@@ -126,27 +133,25 @@ def capacity_rps(
         limits: Metric and limit in seconds; without any, the rate at which the queue begins to grow is found.
 
     Returns:
-        Requests per second; 0 where a lone request already misses.
+        Requests per second; 0 where most requests miss even alone.
     """
     if not limits:
         limits = (("ttft", 60.0),)
 
-    def bad(rate: float) -> bool:
-        return (
-            _violations(model, engine, role, rate=rate, prompt=prompt, output=output, limits=limits)
-            > _ALLOWED
-        )
+    def missed(rate: float) -> NDArray[np.bool_]:
+        return _missed(model, engine, role, rate=rate, prompt=prompt, output=output, limits=limits)
 
-    low, high = 0.0, 0.05
+    alone = missed(1e-4)
+    if alone.mean() > _HOPELESS:
+        return 0.0
+
+    def bad(rate: float) -> bool:
+        return float(missed(rate)[~alone].mean()) > _ALLOWED
+
+    low, high = 1e-4, 0.05
     while high < 2000 and not bad(high):
         low, high = high, high * 2
-    if low == 0.0:
-        while high > 1e-4 and bad(high):
-            high /= 2
-        if high <= 1e-4:
-            return 0.0
-        low, high = high, high * 2
-    for _ in range(7):
+    while high > 1.01 * low:
         middle = (low * high) ** 0.5
         low, high = (low, middle) if bad(middle) else (middle, high)
     return low
@@ -161,10 +166,18 @@ def work_of(
     output: tuple[float, float],
     limits: tuple[tuple[str, float], ...],
 ) -> Work:
-    """Return the cost of a request as a plane through the capacities at three mixes around the given one."""
-    here = 1.0 / max(capacity_rps(model, engine, role, prompt, output, limits), 1e-4)
-    longer = 1.0 / max(capacity_rps(model, engine, role, (prompt[0] * 1.5, prompt[1]), output, limits), 1e-4)
-    more = 1.0 / max(capacity_rps(model, engine, role, prompt, (output[0] * 1.5, output[1]), limits), 1e-4)
-    per_prompt = max(longer - here, 0.0) / (0.5 * prompt[0])
-    per_output = max(more - here, 0.0) / (0.5 * output[0])
-    return Work(here - per_prompt * prompt[0] - per_output * output[0], per_prompt, per_output)
+    """Return the cost of a request, per prompt and per output token.
+
+    At the given mix it is one over the capacity. How it divides between the two kinds of tokens follows from how much
+    capacity falls when either grows by half; near an objective capacity falls faster than in proportion, so only the
+    ratio of the two is used, and a cost is never negative.
+    """
+    here = max(capacity_rps(model, engine, role, prompt, output, limits), 1e-4)
+    longer = max(capacity_rps(model, engine, role, (prompt[0] * 1.5, prompt[1]), output, limits), 1e-4)
+    more = max(capacity_rps(model, engine, role, prompt, (output[0] * 1.5, output[1]), limits), 1e-4)
+    by_prompt, by_output = max(math.log(here / longer), 0.0), max(math.log(here / more), 0.0)
+    if role is PoolRole.PREFILL:
+        by_prompt, by_output = 1.0, 0.0
+    total = by_prompt + by_output
+    share = by_prompt / total if total > 0 else 0.5
+    return Work(share / (here * prompt[0]), (1.0 - share) / (here * output[0]))

@@ -744,9 +744,10 @@ class Fleet:
         whole = TierTargets(
             namespace or "default", name, tuple(targets), (PodTarget("router-0", "10.0.0.2", 29000),)
         )
-        router = tier.router.load(whole, self.now)
+        held = {fault.kind for fault in self.scenario.metric_faults if fault.active(self.now)}
+        router = tier.router.load(whole, self.now, held)
         loads = {
-            pool.plan.name: pool.recorder.load(target, row, now=now, routers=router)
+            pool.plan.name: pool.recorder.load(target, row, now=now, routers=router, held=held)
             for pool, target, row in zip(tier.pools, targets, rows, strict=True)
         }
         return TierLoad(loads, router)

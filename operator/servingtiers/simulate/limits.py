@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from servingtiers.core.decisions import PoolRole
 from servingtiers.simulate.capacity import work_of
 from servingtiers.simulate.fleet import RunResult, run
 from servingtiers.simulate.rivals.base import Key
@@ -265,10 +264,7 @@ def _demand(scenario: Scenario, tier: TierPlan, pool: PoolPlan) -> NDArray[np.fl
         for v in (prompt, trace.output.astype(np.float64))
     ]
     work = work_of(pool.model, pool.engine, pool.role, means[0], means[1], limits)
-    output = trace.output if pool.role is not PoolRole.PREFILL else np.ones_like(trace.output)
-    cost = np.maximum(work.fixed + work.prompt * prompt + work.output * output, 1e-6)
-    if pool.role is PoolRole.PREFILL:
-        cost = np.maximum(work.fixed + work.prompt * prompt + work.output * trace.output, 1e-6)
+    cost = np.maximum(work.prompt * prompt + work.output * trace.output, 1e-6)
     edges = np.arange(0.0, scenario.seconds + _BIN, _BIN)
     load: NDArray[np.float64] = np.histogram(trace.arrival, edges, weights=cost)[0] / _BIN
     return load

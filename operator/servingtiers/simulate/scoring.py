@@ -80,9 +80,10 @@ class Score:
 
 
 def _latencies(outcome: TierOutcome) -> dict[str, NDArray[np.float64]]:
-    """Return TTFT, TPOT and E2E of every request, seconds; infinite where it never came."""
-    first = np.where(np.isnan(outcome.first) | outcome.refused, np.inf, outcome.first)
-    last = np.where(np.isnan(outcome.last) | outcome.refused, np.inf, outcome.last)
+    """Return TTFT, TPOT and E2E of every request, seconds; infinite where it was not answered to the end."""
+    lost = np.isnan(outcome.last) | outcome.refused
+    first = np.where(lost, np.inf, outcome.first)
+    last = np.where(lost, np.inf, outcome.last)
     with np.errstate(invalid="ignore"):
         tpot = np.where(
             np.isinf(last),

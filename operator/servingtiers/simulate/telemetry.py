@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -101,6 +101,12 @@ def bucket_bounds(max_model_len: int) -> tuple[tuple[float, ...], ...]:
     return (_TTFT, _PER_TOKEN, _PER_TOKEN, _LATENCY, _LATENCY, tokens, tokens)
 
 
+_LATE, _AHEAD = 120.0, 300.0
+"""Seconds by which samples are late, or ahead of the reader's clock."""
+_KEPT = 180.0
+"""Seconds of scrapes that are kept beyond the window."""
+
+
 class FaultKind(StrEnum):
     """What goes wrong with metrics; the numbers are classes of the fault catalogue."""
 
@@ -121,7 +127,7 @@ class FaultKind(StrEnum):
     FROZEN = "frozen"
     """Engines repeat their last sample with fresh times (M13)."""
     LATE = "late"
-    """Samples are two minutes old (M13, a lagging Prometheus)."""
+    """What can be read is two minutes old (M13, a lagging Prometheus)."""
     AHEAD = "ahead"
     """Samples are five minutes in the future: the clocks differ (M19)."""
     RESET = "reset"
@@ -200,10 +206,7 @@ class PoolRecorder:
             self._frozen = scrape
         if kept is not None:
             self.scrapes.append(kept)
-            if any(fault.kind is FaultKind.LATE for fault in held):
-                # A late sample must not come before an earlier one.
-                self.scrapes = deque(sorted(self.scrapes, key=lambda each: each.time))
-        while self.scrapes and self.scrapes[0].time < now - self.window - 4 * self.interval:
+        while self.scrapes and self.scrapes[0].time < scrape.time - self.window - _KEPT:
             self.scrapes.popleft()
 
     def _reset(self, scrape: PoolScrape, faults: Sequence[MetricFault], now: float) -> PoolScrape:
@@ -254,39 +257,51 @@ class PoolRecorder:
                     scrape = PoolScrape(
                         scrape.time, old.serial, old.scalars.copy(), old.buckets, old.sums, odd=True
                     )
-            case FaultKind.LATE:
-                scrape.time -= 120.0
-            case FaultKind.AHEAD:
-                scrape.time += 300.0
+            case FaultKind.LATE | FaultKind.AHEAD:
+                pass  # it is the reader who sees them late, or ahead of its clock
             case FaultKind.RENAMED:
                 scrape.renamed = True
             case FaultKind.NO_HISTORY:
-                self.scrapes = deque(each for each in self.scrapes if each.time >= fault.start)
+                since = scrape.time - (now - fault.start)
+                self.scrapes = deque(each for each in self.scrapes if each.time >= since)
         scrape.odd = True
         return scrape
 
     # --- to a Load -------------------------------------------------------------------------------------------
 
     def load(
-        self, pool: PoolTargets, rows: Sequence[int], *, now: float, routers: RouterLoad, plain: bool = False
+        self,
+        pool: PoolTargets,
+        rows: Sequence[int],
+        *,
+        now: float,
+        routers: RouterLoad,
+        held: Collection[FaultKind] = (),
+        plain: bool = False,
     ) -> Load:
         """Return what the pool's ready pods said.
 
         Args:
             pool: The pool with its ready pods.
             rows: Row of each of these pods.
-            now: Seconds of the run.
+            now: On the clock of the samples, seconds.
             routers: What the routers said.
+            held: Faults that hold now.
             plain: Take the operator's own path, whatever the case.
         """
-        if not plain:
+        latest = now
+        if FaultKind.LATE in held:
+            latest = now - _LATE
+        if FaultKind.AHEAD in held:
+            now -= _AHEAD
+        if not plain and not held:
             quick = self._fast(pool, rows, now)
             if quick is not None:
                 return quick
         windows: dict[str, PodWindow | Unknown] = {}
         for pod, row in zip(pool.pods, rows, strict=True):
             windows[pod.name] = engine_window(
-                self._scans(row, _serial(pod)),
+                self._scans(row, _serial(pod), latest),
                 window=self.window,
                 interval=self.interval,
                 now=now,
@@ -294,10 +309,10 @@ class PoolRecorder:
             )
         return pool_load(pool, windows, window=self.window, now=now, routers=routers)
 
-    def _scans(self, row: int, serial: int) -> list[Scan]:
+    def _scans(self, row: int, serial: int, latest: float) -> list[Scan]:
         scans = []
         for scrape in self.scrapes:
-            if scrape.serial[row] != serial:
+            if scrape.serial[row] != serial or scrape.time > latest:
                 continue
             if scrape.renamed:
                 scans.append(Scan(scrape.time, {}))
@@ -514,7 +529,6 @@ class RouterRecorder:
             series["vllm_router_retries_exhausted_total"] = {'route="/v1/completions"': float(unserved)}
             # The router tries five times before it gives up.
             series["vllm_router_request_errors_total"] = {'error_type="no_available_workers"': 5.0 * unserved}
-        stamp = time
         for fault in faults:
             if not fault.active(time):
                 continue
@@ -532,24 +546,24 @@ class RouterRecorder:
                     series = {name: dict.fromkeys(values, bad) for name, values in series.items()}
                 case FaultKind.FROZEN if self.scans:
                     series = {name: dict(values) for name, values in self.scans[-1].series.items()}
-                case FaultKind.LATE:
-                    stamp = time - 120.0
-                case FaultKind.AHEAD:
-                    stamp = time + 300.0
                 case FaultKind.NO_HISTORY:
                     self.scans = deque(each for each in self.scans if each.time >= fault.start)
                 case _:
                     pass
-        self.scans.append(RouterScan(stamp, series))
-        if stamp != time:
-            self.scans = deque(sorted(self.scans, key=lambda each: each.time))
-        while self.scans and self.scans[0].time < time - self.window - 4 * self.interval:
+        self.scans.append(RouterScan(time, series))
+        while self.scans and self.scans[0].time < time - self.window - _KEPT:
             self.scans.popleft()
 
-    def load(self, tier: TierTargets, now: float) -> RouterLoad:
+    def load(self, tier: TierTargets, now: float, held: Collection[FaultKind] = ()) -> RouterLoad:
         """Return what the router said, by the operator's own path."""
+        latest = now
+        if FaultKind.LATE in held:
+            latest = now - _LATE
+        if FaultKind.AHEAD in held:
+            now -= _AHEAD
+        scans = [scan for scan in self.scans if scan.time <= latest]
         windows: dict[str, RouterWindow | Unknown] = {
-            pod.name: router_window(list(self.scans), window=self.window, interval=self.interval, now=now)
+            pod.name: router_window(scans, window=self.window, interval=self.interval, now=now)
             for pod in tier.routers
         }
         return router_load(tier, windows, now=now)

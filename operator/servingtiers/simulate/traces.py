@@ -432,7 +432,7 @@ def synthetic(
         text: ``SHAPE:LOW:HIGH:SECONDS[:ARG]``, rates in requests per second: ``step`` (LOW until ARG, default a third,
             then HIGH), ``ramp`` (LOW to HIGH), ``sawtooth`` (LOW to HIGH and back at once, period ARG, default 600 s),
             ``spike`` (LOW with HIGH for ARG, default 60 s, in the middle), ``diurnal`` (a sine between both, one
-            period). LOW may be 0.
+            period). LOW may be 0, and above HIGH.
         prompt: Mean prompt length, tokens.
         output: Mean output length, tokens.
         seed: Seed of the random numbers.
@@ -452,15 +452,16 @@ def synthetic(
     if (
         len(parts) not in {4, 5}
         or parts[0] not in _SHAPES
-        or not (0 <= low <= high and high > 0 and seconds > 0)
+        or not (low >= 0 and high >= 0 and max(low, high) > 0 and seconds > 0)
     ):
         raise ValueError(usage)
     shape = _SHAPES[parts[0]](low, high, seconds, argument)
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 0x57A9])))
     # Thinning (Lewis and Shedler 1979): a Poisson stream at the highest rate, kept with rate(t) / highest.
-    count = generator.poisson(high * seconds)
+    most = max(low, high)
+    count = generator.poisson(most * seconds)
     times = np.sort(generator.random(count) * seconds)
-    times = times[generator.random(count) * high < shape(times)]
+    times = times[generator.random(count) * most < shape(times)]
     if not len(times):
         raise ValueError(f"trace {text!r}: no request falls into it: raise the rates or the time")
     return _trace(

@@ -24,7 +24,7 @@ def work_seconds(tier: TierPlan, pool: PoolPlan) -> NDArray[np.float64]:
         prompt *= 1.0 - tier.prefix_hit
     if tier.shared_prefix:
         prompt -= tier.trace.shared
-    cost = work.fixed + work.prompt * prompt + work.output * tier.trace.output
+    cost = work.prompt * prompt + work.output * tier.trace.output
     found: NDArray[np.float64] = np.maximum(cost, 1e-6) / pool.belief.error
     return found
 

@@ -1,0 +1,182 @@
+"""``servingtiers simulate`` answers in one line where it cannot, and in the promised form where it can."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from servingtiers.cli import main
+from servingtiers.simulate.rivals import POLICIES
+
+DOCUMENT = {
+    "apiVersion": "servingtiers.io/v1alpha1",
+    "kind": "ServingTier",
+    "metadata": {"name": "chat", "namespace": "llm"},
+    "spec": {
+        "tier": "Balanced",
+        "model": {"name": "meta-llama/Llama-3.1-8B-Instruct"},
+        "pool": {
+            "hardware": {"accelerators": ["a100-sxm-80gb"]},
+            "engine": {"maxNumSeqs": 64},
+            "scaling": {"minReplicas": 1, "maxReplicas": 6},
+        },
+    },
+}
+
+
+@pytest.fixture
+def tier(tmp_path: Path) -> Path:
+    path = tmp_path / "tier.yaml"
+    path.write_text(yaml.safe_dump(DOCUMENT))
+    return path
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["simulate", *map(str, arguments)])
+
+
+def test_json_has_the_promised_fields_per_policy_and_seed(tier):
+    result = call(
+        *("--trace", "step:4:10:300", "--tier", tier, "--policy", "servingtiers,keda-waiting", "--seeds", 2),
+        *("--start-up-seconds", "30", "--no-clairvoyant", "-o", "json"),
+    )
+    assert result.exit_code == 0, result.output
+    runs = json.loads(result.stdout)["runs"]
+    assert [(each["policy"], each["seed"]) for each in runs] == [
+        ("servingtiers", 0),
+        ("keda-waiting", 0),
+        ("servingtiers", 1),
+        ("keda-waiting", 1),
+    ]
+    for each in runs:
+        assert set(each["attainment"]) == {"ttft", "tpot", "e2e", "joint"}
+        assert {
+            "worst5min",
+            "gpuHours",
+            "gpuHoursOverClairvoyant",
+            "scaleUps",
+            "scaleDowns",
+            "reversals",
+            "rejected",
+            "unfinished",
+            "peakReplicas",
+        } <= set(each)
+        assert 0 < each["gpuHours"] < 0.6
+
+
+def test_the_limits_are_policies_too_and_give_the_ratio(tier):
+    result = call(
+        *("--trace", "sawtooth:2:20:600:300", "--tier", tier, "--start-up-seconds", "constant:20"),
+        *("--policy", "servingtiers,static-optimal,clairvoyant", "-o", "json"),
+    )
+    assert result.exit_code == 0, result.output
+    found = {each["policy"]: each for each in json.loads(result.stdout)["runs"]}
+    assert set(found) == {"servingtiers", "static-optimal", "clairvoyant"}
+    assert found["clairvoyant"]["gpuHoursOverClairvoyant"] == pytest.approx(1.0, abs=1e-6)
+    assert found["static-optimal"]["attainment"]["joint"] >= 0.99
+
+
+def test_the_table_has_a_row_per_policy(tier):
+    result = call(
+        "--trace", "step:4:4:120", "--tier", tier, "--policy", "servingtiers,wva-v2", "--no-clairvoyant"
+    )
+    assert result.exit_code == 0, result.output
+    head, *rows = result.stdout.strip().splitlines()
+    assert head.startswith("policy")
+    assert [row.split()[0] for row in rows] == ["servingtiers", "wva-v2"]
+
+
+def test_the_page_is_self_contained_and_tells_every_move(tier):
+    result = call(
+        *("--trace", "step:2:14:300:60", "--tier", tier, "--policy", "servingtiers", "-o", "html"),
+        *("--start-up-seconds", "20", "--clairvoyant"),
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("<!doctype html>")
+    assert "<script src" not in result.stdout
+    for text in ("Ready replicas", "Every move and its reason", "synthetic", "clairvoyant"):
+        assert text in result.stdout
+
+
+def test_faults_errors_and_shortages_are_taken(tier):
+    result = call(
+        *("--trace", "step:4:8:400", "--tier", tier, "--model-error", "1.4", "--metric-gap", "1m:2m"),
+        *("--metric-fault", "nan:150:200", "--crash", "250", "--outage", "100:130", "--shortage", "0:200"),
+        *("--accelerators", 4, "--max-replicas", 5, "--min-replicas", 2, "-o", "json"),
+    )
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["runs"]
+    assert found["rejected"] > 0  # lost with the engine that crashed
+    assert found["peakReplicas"] <= 4
+
+
+def test_a_trace_is_cut_and_scaled(tier):
+    def requests(*more: object) -> int:
+        result = call("--trace", "azure-conv", "--tier", tier, "-o", "json", "--to", "5m", *more)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)["runs"][0]["requests"]
+
+    whole = requests()
+    assert requests("--scale", "0.25") == pytest.approx(0.25 * whole, rel=0.15)
+    assert requests("--from", "3m") < 0.6 * whole
+
+
+def test_two_tiers_share_a_trace_or_have_their_own(tier, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump({**DOCUMENT, "metadata": {"name": "batch", "namespace": "llm"}}))
+    result = call(
+        "--trace", "step:2:2:60", "--trace", "step:4:4:60", "--tier", tier, "--tier", other, "-o", "json"
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["runs"][0]["requests"] == pytest.approx(360, rel=0.25)
+    again = call("--trace", "step:2:2:60", "--tier", tier, "--tier", tier)
+    assert again.exit_code == 2
+    assert "rename one" in again.stderr
+
+
+def test_policies_are_listed_with_their_sources():
+    result = call("--list-policies")
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.stdout.strip().splitlines()] == list(POLICIES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mend"),
+    [
+        (["--trace", "azure-conv"], "give --tier FILE.yaml"),
+        (["--tier", "TIER"], "give --trace"),
+        (["--trace", "no.csv", "--tier", "TIER"], "azure-conv"),
+        (["--trace", "azure-conv", "--tier", "TIER", "--policy", "magic"], "use servingtiers"),
+        (["--trace", "azure-conv", "--tier", "TIER", "--from", "2h"], "give --from below --to"),
+        (["--trace", "azure-conv", "--tier", "TIER", "--from", "soon"], "such as 90 or 15m"),
+        (["--trace", "azure-conv", "--tier", "TIER", "--scale", "0"], "use a number above 0"),
+        (["--trace", "azure-conv", "--tier", "TIER", "--metric-gap", "5m"], "write FROM:TO"),
+        (["--trace", "azure-conv", "--tier", "TIER", "--metric-gap", "5m:1m"], "FROM must come before TO"),
+        (["--trace", "azure-conv", "--tier", "TIER", "--metric-fault", "odd:1:2"], "the kinds are"),
+        (["--trace", "azure-conv", "--tier", "TIER", "--start-up-seconds", "x"], "lognormal:130:0.25"),
+        (["--trace", "azure-conv", "--tier", "TIER", "--model-error", "-1"], "use a factor above 0"),
+        (
+            ["--trace", "azure-conv", "--trace", "azure-code", "--tier", "TIER"],
+            "one for all, or one for each",
+        ),
+        (["--trace", "azure-conv", "--tier", "EMPTY"], "kind: ServingTier"),
+        (["--trace", "azure-conv", "--tier", "BROKEN"], "no YAML"),
+        (["--trace", "azure-conv", "--tier", "WRONG"], "tier"),
+    ],
+)
+def test_what_cannot_be_simulated_is_one_line_that_names_the_mend(tier, tmp_path, arguments, mend):
+    (tmp_path / "empty.yaml").write_text("kind: ConfigMap\n")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    (tmp_path / "wrong.yaml").write_text("kind: ServingTier\nspec: {tier: Fast, model: {name: x}}\n")
+    files = {"TIER": tier} | {
+        name.upper(): tmp_path / f"{name}.yaml" for name in ("empty", "broken", "wrong")
+    }
+    result = call(*(files.get(each, each) for each in arguments))
+    assert result.exit_code == 2, result.output
+    assert mend in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not result.stdout
