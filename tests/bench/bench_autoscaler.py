@@ -154,14 +154,23 @@ def _trace(name: str, seed: int) -> Trace:
     )
 
 
+def _hinted(document: dict[str, Any], trace: Trace) -> dict[str, Any]:
+    """Return the tier with the lengths of its traffic as a hint, as somebody knows them who has served it before."""
+
+    def lengths(values: Any) -> dict[str, int]:
+        mean = max(round(float(values.mean())), 1)
+        return {"mean": mean, "p95": max(round(float(np.quantile(values, 0.95))), mean)}
+
+    hint = {"promptTokens": lengths(trace.prompt), "outputTokens": lengths(trace.output)}
+    return {**document, "spec": {**document["spec"], "workload": hint}}
+
+
 @lru_cache(maxsize=64)
 def scenario(cell: Cell) -> Scenario:
     """Return what a cell simulates."""
-    plan = tier_plan(
-        parse_tier(TIERS[(LOADS | SHAPES)[cell.load].tier]),
-        _trace(cell.load, cell.seed),
-        model_error=cell.model_error,
-    )
+    trace = _trace(cell.load, cell.seed)
+    document = _hinted(TIERS[(LOADS | SHAPES)[cell.load].tier], trace)
+    plan = tier_plan(parse_tier(document), trace, model_error=cell.model_error)
     faults: tuple[MetricFault, ...] = ()
     if cell.fault == "gap":
         faults = (MetricFault(FaultKind.DOWN, *GAP),)
@@ -259,10 +268,18 @@ def llmd_scenario(start_up: float) -> Scenario:
     document = _tier("Balanced", _32B, "h100-sxm-80gb", 1, "2s", "100ms")
     document["spec"]["pool"]["engine"] = {"maxNumSeqs": 256, "maxModelLen": 8192}
     document["spec"]["pool"]["scaling"] = {"minReplicas": 1, "maxReplicas": 6}
+    document["spec"]["workload"] = {
+        "promptTokens": {"mean": 4256, "p95": 4256},
+        "outputTokens": {"mean": 256, "p95": 256},
+        "prefixHitPercent": 94,
+    }
     plan = tier_plan(parse_tier(document), trace, shared_prefix=True)
     pool = plan.pools[0]
     fits = replace(pool.model, kv_capacity_tokens=LLMD_SEQUENCES * (4256 + 256 + 16))
-    plan = replace(plan, pools=(replace(pool, model=fits),), initial={pool.name: 1})
+    told = replace(
+        pool.operator, step=replace(pool.operator.step, kv_capacity_tokens=fits.kv_capacity_tokens)
+    )
+    plan = replace(plan, pools=(replace(pool, model=fits, operator=told),), initial={pool.name: 1})
     return Scenario((plan,), start_up=Delay(start_up), noise=Noise(0.0, 0.0, LLMD_SLOWER), metric_age=7.5)
 
 
@@ -324,10 +341,16 @@ def _pd(job: Job) -> dict[str, Any]:
     parts = {name: _mix(name, seed) for name in _MIXES}
     for name, trace in parts.items():
         best = static_optimal(
-            Scenario((tier_plan(parse_tier(_pd_tier(split=True)), trace),), start_up=Delay(30.0)), seed
+            Scenario(
+                (tier_plan(parse_tier(_hinted(_pd_tier(split=True), trace)), trace),), start_up=Delay(30.0)
+            ),
+            seed,
         )
         together = static_optimal(
-            Scenario((tier_plan(parse_tier(_pd_tier(split=False)), trace),), start_up=Delay(30.0)), seed
+            Scenario(
+                (tier_plan(parse_tier(_hinted(_pd_tier(split=False), trace)), trace),), start_up=Delay(30.0)
+            ),
+            seed,
         )
         found[name] = {
             "prefill": best.replicas["default/study", "prefill"],
@@ -337,7 +360,9 @@ def _pd(job: Job) -> dict[str, Any]:
             "aggregatedViolations": together.score.violations,
         }
     shifting = _joined(parts["prompt-heavy"], parts["decode-heavy"])
-    place = Scenario((tier_plan(parse_tier(_pd_tier(split=True)), shifting),), start_up=Delay(30.0))
+    place = Scenario(
+        (tier_plan(parse_tier(_hinted(_pd_tier(split=True), shifting)), shifting),), start_up=Delay(30.0)
+    )
     result = run(place, make_policy(OURS, place), seed)
     ratios = {}
     prefill, decode = result.tiers[0].pools
@@ -389,11 +414,11 @@ def jobs(*, full: bool, seeds: int) -> Iterator[Job]:
     """Yield every job of a form of the study, the most telling first."""
     base = base_cells(full=full)
     anywhere = Cell("conv-8b", 130.0)
+    for policy in (OURS, "static-optimal", "clairvoyant", *RIVALS):
+        for cell in base:
+            yield Job(cell, policy)
     for special in SPECIAL:
         yield Job(anywhere, special)
-    for cell in base:
-        for policy in (OURS, "static-optimal", "clairvoyant", *RIVALS):
-            yield Job(cell, policy)
     for load in ("sawtooth", "step", "spike"):
         yield Job(Cell(load, 130.0), OURS)
     for kind in FaultKind:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from servingtiers.core.decisions import PoolRole, Targets
-from servingtiers.core.signals import Coverage, Histogram, Load, Value
+from servingtiers.core.signals import Coverage, Histogram, Load
 from servingtiers.performance.engine_sim import EngineConfig
-from servingtiers.simulate.capacity import Belief, Work, capacity_rps, work_of
+from servingtiers.policy import capacity, presets
+from servingtiers.simulate.capacity import capacity_rps, work_of
 from servingtiers.simulate.fleet import Move, PoolHistory, RunResult, TierOutcome, run
 from servingtiers.simulate.limits import (
     TARGET,
@@ -25,7 +27,7 @@ from servingtiers.simulate.limits import (
 from servingtiers.simulate.rivals import RIVALS, make_policy
 from servingtiers.simulate.scenario import Delay
 from servingtiers.simulate.scoring import missed, score
-from servingtiers.simulate.tiers import parse_tier, tier_plan, with_error
+from servingtiers.simulate.tiers import default_config, parse_tier, tier_plan, with_error
 from servingtiers.simulate.traces import load_trace
 
 LIMITS = (("tpot", 0.1), ("ttft", 2.0))
@@ -93,24 +95,56 @@ def test_a_prefill_pool_is_paid_by_the_prompt_alone(plan):
     assert work.output == 0.0
 
 
-def test_a_belief_follows_the_lengths_that_are_seen():
-    belief = Belief(Work(0.001, 0.002), 1.4, 1000.0, 100.0, "by hand")
-    assert belief.rps() == pytest.approx(1.4 / 1.2)
-    seen = Load(
-        60.0,
-        Coverage(1, 1),
-        prompt_tokens=Histogram((500.0, math.inf), (10.0, 10.0), 4000.0),
-        output_tokens=Histogram((500.0, math.inf), (10.0, 10.0), 2000.0),
-        prefix_hit_share=Value(0.5),
+def test_what_the_operator_tells_its_policy_is_what_the_operator_judges():
+    document = {
+        "apiVersion": "servingtiers.io/v1alpha1",
+        "kind": "ServingTier",
+        "spec": {
+            "tier": "Balanced",
+            "model": {"name": "meta-llama/Llama-3.1-8B-Instruct"},
+            "slo": {"ttft": {"p99": "2s"}, "tpot": {"p99": "50ms"}},
+            "workload": {
+                "promptTokens": {"mean": 800, "p95": 2000},
+                "outputTokens": {"mean": 120, "p95": 300},
+            },
+            "pool": {"hardware": {"accelerators": ["a100-sxm-80gb"]}},
+        },
+    }
+    tier = parse_tier(document)
+    made = tier_plan(tier, load_trace("step:2:2:60", prompt=800, output=120), model_error=1.3)
+    told = made.pools[0].operator
+    settings = presets.choose(tier, default_config())
+    judged = capacity.judge(tier.spec, settings, presets.targets(tier.spec))
+    # The operator has the table that the plant runs on; here its policy is told the roofline's figure, times the error.
+    assert replace(told, step=made.pools[0].model).rps() == pytest.approx(
+        1.3 * judged.requests_per_second["pool"]
     )
-    assert belief.rps(seen) == pytest.approx(1.4 / (0.001 * 200 + 0.002 * 200))
+    assert told.rps() != pytest.approx(1.3 * judged.requests_per_second["pool"], rel=1e-3)
 
 
-def test_a_model_error_changes_the_belief_and_nothing_of_the_plant(plan):
+def test_the_operators_capacity_follows_the_lengths_that_are_seen(plan):
+    told = plan.pools[0].operator
+    assert told.rps() is None  # the tier gives no workload
+
+    def seen(prompt: float) -> Load:
+        return Load(
+            60.0,
+            Coverage(1, 1),
+            prompt_tokens=Histogram((1e4, math.inf), (500.0, 500.0), 500 * prompt),
+            output_tokens=Histogram((1e4, math.inf), (500.0, 500.0), 60_000.0),
+        )
+
+    short, long = told.rps(seen(500.0)), told.rps(seen(2000.0))
+    assert short is not None
+    assert long is not None
+    assert long < 0.6 * short
+
+
+def test_a_model_error_changes_what_is_believed_and_nothing_of_the_plant(plan):
     wrong = with_error(plan, 1.4)
     assert wrong.pools[0].belief.rps() == pytest.approx(1.4 * plan.pools[0].belief.rps())
+    assert wrong.pools[0].operator.error == 1.4
     assert wrong.pools[0].model is plan.pools[0].model
-    assert plan.pools[0].model.source.kind != plan.pools[0].belief.source
 
 
 # --- scoring --------------------------------------------------------------------------------------------------------
@@ -160,8 +194,6 @@ def test_the_worst_five_minutes_need_twenty_requests(plan):
 
 
 def test_a_tier_without_objectives_asks_to_be_answered(plan):
-    from dataclasses import replace
-
     free = replace(plan, targets=Targets({}))
     found = score(outcome(free, [0, 0], [100, math.nan], [200, math.nan], [5, 5], [False, True]))
     assert found.attainment["joint"] == 0.5

@@ -168,4 +168,4 @@ def test_a_rival_is_shown_no_load_and_its_own_readings(make_scenario):
     fleet = Fleet(scenario, make_policy("keda-waiting", scenario), 0)
     observation = fleet.observation(fleet._tiers[0])
     assert observation.load.pools == {}
-    assert observation.pools[0].rps_per_replica
+    assert observation.pools[0].ready == observation.pools[0].replicas > 0

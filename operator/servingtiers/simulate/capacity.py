@@ -14,14 +14,15 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from servingtiers.core.decisions import PoolRole
-from servingtiers.core.signals import Histogram, Load, Value
+from servingtiers.core.decisions import PoolRole, Targets
+from servingtiers.core.signals import Load
 from servingtiers.performance import engine_kernel as kernel
 from servingtiers.performance.engine_sim import EngineConfig, PoolConfig, draw_requests, make_pool
 from servingtiers.performance.steps import GridStepModel
 from servingtiers.performance.workload import Workload
+from servingtiers.policy import sizing
 
-__all__ = ["Belief", "Work", "capacity_rps", "work_of"]
+__all__ = ["Belief", "OperatorCapacity", "Work", "capacity_rps", "work_of"]
 
 _PROBE_REQUESTS = 1500
 _ALLOWED = 0.01
@@ -44,28 +45,53 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class OperatorCapacity:
+    """What the operator tells its policy that one replica carries.
+
+    The arithmetic is the operator's own (:mod:`servingtiers.policy.sizing`, as :func:`servingtiers.policy.capacity.judge`
+    uses it), on a step model that is not the plant's and times a deliberate error.
+    """
+
+    step: GridStepModel
+    """The prior: the roofline."""
+    error: float
+    goals: Targets
+    role: PoolRole
+    max_num_seqs: int
+    budget: int | None
+    planned: sizing.Lengths
+
+    def rps(self, load: Load | None = None) -> float | None:
+        """Return requests per second per replica; None where neither the spec nor traffic tells lengths."""
+        asked = self.planned
+        if load is not None and self.role is not PoolRole.PREFILL:
+            asked = sizing.lengths_seen(load, asked)
+        if not asked.given:
+            return None
+        held = max(1, int(self.step.kv_capacity_tokens / (asked.prompt + asked.output)))
+        batch = min(self.max_num_seqs, held)
+        while True:
+            full = sizing.full_engine(self.step, batch, asked, self.budget, self.role)
+            if batch <= 1 or not sizing.meets(full, self.goals, asked, self.role, 1.0):
+                return self.error * full.requests_per_second
+            batch = batch * 7 // 8
+
+
+@dataclass(frozen=True, slots=True)
 class Belief:
-    """What a controller believes one replica carries."""
+    """What a planner who knows the traffic believes one replica carries; rivals and limits are set up with it."""
 
     work: Work
     error: float
     """Believed capacity over true capacity of its step model: 1.4 believes in 40 % more."""
     prompt: float
     output: float
-    """Lengths it assumes until it has seen some, tokens."""
+    """Mean lengths of the traffic, tokens."""
     source: str
 
-    def rps(self, load: Load | None = None) -> float:
-        """Return requests per second per replica, for the lengths that the load shows where it shows some."""
-        prompt, output = self.prompt, self.output
-        if load is not None:
-            if isinstance(load.prompt_tokens, Histogram) and load.prompt_tokens.mean:
-                prompt = load.prompt_tokens.mean
-            if isinstance(load.output_tokens, Histogram) and load.output_tokens.mean:
-                output = load.output_tokens.mean
-            if isinstance(load.prefix_hit_share, Value):
-                prompt *= 1.0 - load.prefix_hit_share.value
-        return self.error / self.work.seconds(prompt, output)
+    def rps(self) -> float:
+        """Return requests per second per replica at these lengths."""
+        return self.error / self.work.seconds(self.prompt, self.output)
 
 
 def _missed(

@@ -770,7 +770,7 @@ class Fleet:
             max_num_seqs=pool.plan.engine.max_num_seqs,
             startup_seconds=median(starts) if starts else None,
             settled_seconds=max(0.0, self.now - max(since)) if since else None,
-            rps_per_replica=pool.plan.belief.rps(load),
+            rps_per_replica=pool.plan.operator.rps(load),
         )
 
     def _decide(self) -> None:

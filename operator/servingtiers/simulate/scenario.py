@@ -12,7 +12,7 @@ from servingtiers.api.spec import PoolScaling, ServingTierSpec
 from servingtiers.core.decisions import PoolRole, Targets
 from servingtiers.performance.engine_sim import EngineConfig, Transfer
 from servingtiers.performance.steps import GridStepModel
-from servingtiers.simulate.capacity import Belief
+from servingtiers.simulate.capacity import Belief, OperatorCapacity
 from servingtiers.simulate.telemetry import MetricFault
 from servingtiers.simulate.traces import Trace
 
@@ -115,6 +115,9 @@ class PoolPlan:
     gpus: int
     """Accelerators per replica."""
     belief: Belief
+    """What rivals and limits are set up with."""
+    operator: OperatorCapacity
+    """What the operator tells its policy."""
     max_queued: int = 0
     """Requests in flight beyond which an engine answers 503; 0: no limit."""
 

@@ -17,8 +17,8 @@ from servingtiers.performance.engine_sim import EngineConfig, Transfer
 from servingtiers.performance.select import step_model
 from servingtiers.performance.speculation import Speculation
 from servingtiers.performance.steps import GridStepModel
-from servingtiers.policy import presets
-from servingtiers.simulate.capacity import Belief, work_of
+from servingtiers.policy import presets, sizing
+from servingtiers.simulate.capacity import Belief, OperatorCapacity, work_of
 from servingtiers.simulate.scenario import PoolPlan, TierPlan, slo_of
 from servingtiers.simulate.traces import Trace
 
@@ -125,6 +125,15 @@ def tier_plan(
                     output[0],
                     prior.source.detail,
                 ),
+                operator=OperatorCapacity(
+                    step=prior,
+                    error=model_error,
+                    goals=targets,
+                    role=pool.role,
+                    max_num_seqs=pool.max_num_seqs,
+                    budget=pool.max_num_batched_tokens,
+                    planned=sizing.lengths(tier.spec),
+                ),
                 max_queued=pool.max_queued_requests or 0,
             )
         )
@@ -182,5 +191,12 @@ def _mean_cv(values: NDArray[Any]) -> tuple[float, float]:
 
 def with_error(plan: TierPlan, model_error: float) -> TierPlan:
     """Return the tier with another error of the controller's belief."""
-    pools = tuple(replace(pool, belief=replace(pool.belief, error=model_error)) for pool in plan.pools)
+    pools = tuple(
+        replace(
+            pool,
+            belief=replace(pool.belief, error=model_error),
+            operator=replace(pool.operator, error=model_error),
+        )
+        for pool in plan.pools
+    )
     return replace(plan, pools=pools)
