@@ -83,10 +83,10 @@ class Point:
 
 
 def timed(call: Callable[[], Prediction]) -> tuple[Prediction, float]:
-    """Return a call's result and its processor time in microseconds, the best mean of five runs of twenty calls."""
+    """Return a call's result and its processor time in microseconds, the best mean of ten runs of twenty calls."""
     result = call()
     best = float("inf")
-    for _ in range(5):
+    for _ in range(10):
         begin = time.process_time()
         for _ in range(20):
             call()

@@ -108,7 +108,7 @@ class Prediction:
     """What limits the engine first: ``compute``, ``max_num_seqs`` or ``kv_cache``."""
 
 
-_BINS = 48
+_BINS = 40
 """Bins of the grid on which latency distributions are added up."""
 
 
@@ -240,7 +240,7 @@ def _steps(engine: _Engine, rate: float, batch: float, decode_steps: float) -> _
     lone, added = first - chunks * decode, second - first
     busy = min(rate * added, 0.95)
     load = rate * (decode + rate * decode * lone / (1.0 - busy)) if decode else rate * first / (1.0 - busy)
-    most = min(int(load / (1.0 - busy) + 4.0 * sqrt(load) / (1.0 - busy) + 1.5), 12)
+    most = min(int(load / (1.0 - busy) + 3.0 * sqrt(load) / (1.0 - busy) + 1.5), 12)
     nodes: list[list[tuple[float, float, int]]] = [[(1.0, decode, 1)]]
     for count in range(1, most + 1):
         row: list[tuple[float, float, int]] = []
@@ -268,7 +268,7 @@ def _steps(engine: _Engine, rate: float, batch: float, decode_steps: float) -> _
         matrix.append(chances)
     state = matrix[min(round(load), most)]
     columns = list(zip(*matrix, strict=True))
-    for _ in range(4):
+    for _ in range(3):
         state = [sum(map(mul, state, column)) for column in columns]
     flat: list[tuple[float, float, int, int]] = []
     time = steps_total = prompts = left = waiting = 0.0
@@ -359,10 +359,10 @@ def _guess(engine: _Engine, rate: float, slots: float) -> float:
 
 
 def _lattice() -> tuple[float, ...]:
-    """Return batch sizes: every one up to 6, then 18 % apart: closer than half a standard deviation up to 30."""
-    points = [float(size) for size in range(7)]
+    """Return batch sizes: every one up to 5, then a quarter apart, which a standard deviation is up to 16, then closer."""
+    points = [float(size) for size in range(6)]
     while points[-1] < 20_000.0:
-        apart = 0.18 if points[-1] < 30.0 else 0.12
+        apart = 0.25 if points[-1] < 30.0 else 0.15
         points.append(float(ceil(points[-1] * (1.0 + apart))))
     return tuple(points)
 
@@ -555,14 +555,19 @@ def _rest_of_step(
     """
     edges = [0.0] * (_BINS + 1)
     last = _BINS - 1.0
+    alike = cv < 0.02
+    sizes = _ALIKE if alike else _sizes(cv, 1, _ROUGH)
     for x, p in met:
         expected = rate * x
         if expected < 1.0:
             none = exp(-expected)
             one = none * expected
             shifts = [(0.0, p * none)]
-            for size, weight in _sizes(cv, 1, _ROUGH):
-                shifts.append((size * next_ms, p * one * weight))
+            if alike:
+                shifts.append((next_ms, p * one))
+            else:
+                for size, weight in sizes:
+                    shifts.append((size * next_ms, p * one * weight))
             more = 1.0 - none - one
             if more > 1e-3:
                 mean = (expected - one) / more
