@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
@@ -142,6 +145,59 @@ def test_policies_are_listed_with_their_sources():
     result = call("--list-policies")
     assert result.exit_code == 0
     assert [line.split()[0] for line in result.stdout.strip().splitlines()] == list(POLICIES)
+
+
+def test_recorded_traffic_is_replayed_against_candidate_settings(tier):
+    """A Prometheus of this test answers the range queries over HTTP."""
+    queries: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            given = {key: value[0] for key, value in parse_qs(urlsplit(self.path).query).items()}
+            result = []
+            if "query" in given:
+                queries.append(given["query"])
+                start, end = float(given["start"]), float(given["end"])
+                times = [start + 60 * step for step in range(int((end - start) // 60) + 1)]
+                bounds = ["200", "1000", "+Inf"] if "bucket" in given["query"] else [""]
+                result = [
+                    {
+                        "metric": {"le": bound} if bound else {},
+                        "values": [
+                            [at, "3" if not bound else str({"200": 0}.get(bound, 90))] for at in times
+                        ],
+                    }
+                    for bound in bounds
+                ]
+            body = json.dumps(
+                {"status": "success", "data": {"resultType": "matrix", "result": result}}
+            ).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            """Be quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        result = call("--from-prometheus", url, "--last", "10m", "--tier", tier, "-o", "json")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["runs"]
+    assert found["requests"] == pytest.approx(1800, rel=0.15)
+    assert any('namespace="llm"' in query and "chat" in query for query in queries)
+
+
+def test_a_prometheus_that_does_not_answer_is_one_line(tier):
+    result = call("--from-prometheus", "http://127.0.0.1:9", "--tier", tier)
+    assert result.exit_code == 2
+    assert "check the address" in result.stderr
 
 
 @pytest.mark.parametrize(

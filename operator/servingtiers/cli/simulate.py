@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,10 +20,12 @@ import yaml
 from servingtiers.cli._options import InputError, OneLineCommand, input_errors
 
 if TYPE_CHECKING:
+    from servingtiers.api.spec import ServingTier
     from servingtiers.simulate.fleet import RunResult
     from servingtiers.simulate.limits import Clairvoyant
     from servingtiers.simulate.scenario import Scenario
     from servingtiers.simulate.scoring import Score
+    from servingtiers.simulate.traces import Trace
 
 __all__ = ["command"]
 
@@ -75,6 +78,19 @@ def _span(text: str, option: str) -> tuple[float, float]:
     metavar="FILE",
     help="Traffic: an Azure CSV, a Mooncake JSONL, azure-conv, azure-code or servegen (shipped), or a shape such as "
     "step:2:20:1800. One for all tiers, or one for each --tier.",
+)
+@click.option(
+    "--from-prometheus",
+    "prometheus",
+    metavar="URL",
+    help="Traffic: what this Prometheus recorded of the tier of the same name and namespace, re-drawn.",
+)
+@click.option(
+    "--last",
+    type=_MOMENT,
+    default=6 * 3600.0,
+    help="With --from-prometheus, how far to look back (6h).",
+    metavar="TIME",
 )
 @click.option(
     "--scale",
@@ -203,10 +219,10 @@ def command(
         return
     if not tiers:
         raise InputError("no tier: give --tier FILE.yaml, a ServingTier")
-    if not traces:
-        raise InputError("no traffic: give --trace, such as azure-conv or a CSV file")
-    if len(traces) not in {1, len(tiers)}:
-        raise InputError(f"{len(traces)} traces for {len(tiers)} tiers: give one for all, or one for each")
+    if bool(traces) == bool(flags["prometheus"]):
+        raise InputError(
+            "no traffic, or two: give --trace, such as azure-conv or a CSV file, or --from-prometheus URL"
+        )
     names = _names(policy)
     results: list[tuple[Score, RunResult]] = []
     limits: list[Clairvoyant | None] = []
@@ -296,20 +312,24 @@ def _scenario(tiers: Sequence[Path], traces: Sequence[str], seed: int, flags: di
         faults.append(MetricFault(FaultKind(kind), *_span(span, "--metric-fault")))
     plans = []
     documents = [(path, document) for path in tiers for document in _documents(path)]
-    if len(traces) not in {1, len(documents)}:
+    if traces and len(traces) not in {1, len(documents)}:
         raise InputError(
             f"{len(traces)} traces for {len(documents)} tiers: give one for all, or one for each"
         )
     for index, (path, document) in enumerate(documents):
-        trace = load_trace(
-            traces[index if len(traces) > 1 else 0],
-            scale=flags["scale"],
-            start=flags["start"],
-            end=flags["end"],
-            seed=seed + 1000 * index,
-            prompt=flags["prompt_tokens"],
-            output=flags["output_tokens"],
-        )
+        if traces:
+            trace = load_trace(
+                traces[index if len(traces) > 1 else 0],
+                scale=flags["scale"],
+                start=flags["start"],
+                end=flags["end"],
+                seed=seed + 1000 * index,
+                prompt=flags["prompt_tokens"],
+                output=flags["output_tokens"],
+            )
+        else:
+            with input_errors(str(path)):
+                trace = _recorded(parse_tier(document), seed, flags)
         with input_errors(str(path)):
             plans.append(
                 tier_plan(
@@ -333,6 +353,38 @@ def _scenario(tiers: Sequence[Path], traces: Sequence[str], seed: int, flags: di
         outages=tuple(Outage(*_span(text, "--outage")) for text in flags["outages"]),
         shortages=tuple(NodeShortage(*_span(text, "--shortage")) for text in flags["shortages"]),
     )
+
+
+def _recorded(tier: ServingTier, seed: int, flags: dict[str, Any]) -> Trace:
+    """Return the traffic that Prometheus recorded of a tier, scaled."""
+    import requests
+    from prometheus_api_client import PrometheusApiClientException
+
+    from servingtiers.core.effective import pools_asked
+    from servingtiers.render import names
+    from servingtiers.simulate.recorded import connect, draw_recorded, queries, read_recording
+
+    meta = tier.metadata
+    pools = pools_asked(tier.spec)
+    asked = queries(
+        meta.namespace,
+        [names.engine_deployment(meta.name, pool.name) for pool in pools],
+        names.router_deployment(meta.name),
+    )
+    # Whole minutes, so that every seed and every run of the same minute sees the same steps.
+    now = time.time() // 60 * 60
+    try:
+        found = read_recording(
+            connect(flags["prometheus"]), asked, start=now - flags["last"], end=now, paired=len(pools) > 1
+        )
+    except (requests.RequestException, PrometheusApiClientException) as error:
+        raise InputError(
+            f"--from-prometheus {flags['prometheus']}: no answer ({type(error).__name__}): check the address"
+        ) from error
+    trace = draw_recorded(found, name=f"recorded traffic of {meta.namespace}/{meta.name}", seed=seed)
+    if flags["start"] > 0 or flags["end"] < trace.seconds:
+        trace = trace.between(flags["start"], flags["end"])
+    return trace if flags["scale"] == 1 else trace.scaled(flags["scale"], seed)
 
 
 def _limit(scenario: Scenario, seed: int, step: Callable[[float, str], None]) -> Clairvoyant:
