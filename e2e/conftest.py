@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from harness.kind import KindCluster
 from harness.kube import Kube, wait_for
 from harness.product import Product
 from onenode import images as built
 from onenode import programs
 from onenode.cluster import Cluster
 from onenode.images import Images
+from onenode.places import Places
 
 _FIGURES: list[str] = []
 _FAILED = pytest.StashKey[bool]()
@@ -21,34 +23,46 @@ _FAILED = pytest.StashKey[bool]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the choices of a cluster."""
+    parser.addoption("--cluster", choices=("onenode", "kind"), default="onenode", help="what to run on")
     parser.addoption("--gpus", type=int, default=6, help="accelerators that the node advertises")
     parser.addoption("--any-build", action="store_true", help="take cached images although sources changed")
 
 
 @pytest.fixture(scope="session")
-def cluster(request: pytest.FixtureRequest) -> Cluster:
-    """Bring the one-node cluster up, or find it up, and move this process into its network."""
-    cluster = Cluster()
-    cluster.up()
-    images = Images(cluster.places, rebuild=not request.config.getoption("--any-build"))
-    for make in (images.base, images.operator, images.engine, images.router, images.prometheus):
-        image = make()
-        if image.seconds:
-            programs.say(f"image {image.name}: {image.size_mib:.0f} MiB, built in {image.seconds:.0f} s")
-    built.model(cluster.places)
-    cluster.enter()
-    return cluster
+def cluster(request: pytest.FixtureRequest) -> Cluster | KindCluster:
+    """Bring the cluster up, or find it up, and move this process into its network."""
+    places = Places.default()
+    found: Cluster | KindCluster
+    if request.config.getoption("--cluster") == "kind":
+        programs.engine(places)
+        built.model(places)
+        found = KindCluster(places)
+        found.up()
+        found.images()
+    else:
+        found = Cluster(places)
+        found.up()
+        images = Images(places, rebuild=not request.config.getoption("--any-build"))
+        for make in (images.base, images.operator, images.engine, images.router, images.prometheus):
+            image = make()
+            if image.seconds:
+                programs.say(f"image {image.name}: {image.size_mib:.0f} MiB, built in {image.seconds:.0f} s")
+        built.model(places)
+    found.enter()
+    return found
 
 
 @pytest.fixture(scope="session")
-def kube(cluster: Cluster) -> Kube:
+def kube(cluster: Cluster | KindCluster) -> Kube:
     """Return the cluster as its administrator sees it."""
+    if isinstance(cluster, KindCluster):
+        return Kube(cluster.kubeconfig, cluster.kubectl_path)
     kubectl = programs.prepare(cluster.places).control_plane.kubectl
-    return Kube(cluster.places.kubeconfig, kubectl or Path("kubectl"), direct=True)
+    return Kube(cluster.places.kubeconfig, kubectl or Path("kubectl"))
 
 
 @pytest.fixture(scope="session")
-def product(cluster: Cluster, kube: Kube, tmp_path_factory: pytest.TempPathFactory) -> Product:
+def product(cluster: Cluster | KindCluster, kube: Kube, tmp_path_factory: pytest.TempPathFactory) -> Product:
     """Install the product by Helm into a restricted namespace."""
     names = {"operator": built.OPERATOR, "engine": built.ENGINE, "router": built.ROUTER}
     product = Product(kube, programs.helm(), names, tmp_path_factory.mktemp("product"))
@@ -58,7 +72,7 @@ def product(cluster: Cluster, kube: Kube, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(autouse=True)
-def room(request: pytest.FixtureRequest, cluster: Cluster, kube: Kube) -> Iterator[None]:
+def room(request: pytest.FixtureRequest, cluster: Cluster | KindCluster, kube: Kube) -> Iterator[None]:
     """Begin with no tier and all accelerators; afterwards remove the tiers and wait until their pods are gone."""
     cluster.set_accelerators(request.config.getoption("--gpus"))
     yield

@@ -57,8 +57,6 @@ class Kube:
 
     kubeconfig: Path
     kubectl: Path
-    direct: bool
-    """Whether addresses of pods and Services are reached from here; otherwise the API server passes requests on."""
     namespace: str = "llm"
 
     def run(

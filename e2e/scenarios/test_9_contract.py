@@ -23,14 +23,14 @@ PARSE = ROOT / "e2e" / "tools" / "parse_flags.py"
 
 def _rendered(container):
     """Return the arguments of one kind of container in every recorded rendering."""
-    found = []
-    for path in sorted((ROOT / "tests" / "golden").glob("*/objects.yaml")):
-        for each in yaml.safe_load_all(path.read_text()):
-            if each["kind"] == "Deployment":
-                for one in each["spec"]["template"]["spec"]["containers"]:
-                    if one["name"] == container:
-                        found.append([argument.replace("$$", "$") for argument in one["args"]])
-    return found
+    return [
+        [argument.replace("$$", "$") for argument in one["args"]]
+        for path in sorted((ROOT / "tests" / "golden").glob("*/objects.yaml"))
+        for each in yaml.safe_load_all(path.read_text())
+        if each["kind"] == "Deployment"
+        for one in each["spec"]["template"]["spec"]["containers"]
+        if one["name"] == container
+    ]
 
 
 def _parse(python, kind, lists):
