@@ -303,9 +303,10 @@ class Controller:
                     state.strangers.add(ref)
                     self.queue.add_after(key, 0.0)
                     continue
-                if error.status in {404, 409}:
-                    # Our picture is old: the object went, or is another one now.
+                if error.status in {404, 409, 422}:
+                    # Our picture may be old: the object went, or is another one now.
                     await self._look_again(ref, write.body)
+                if error.status in {404, 409}:
                     self.queue.add_after(key, 0.2)
                     continue
                 if 400 <= error.status < 500 and error.status != 429:
@@ -336,7 +337,9 @@ class Controller:
     async def _look_again(self, ref: Ref, body: JsonObject) -> None:
         current = await self._cluster.get(ref)
         if ref.kind == TIER.kind:
-            if current is not None:
+            if current is None:
+                self.store.forget_tier(body)
+            else:
                 self.store.see_tier(current)
         elif current is not None:
             self.store.see(current)

@@ -26,7 +26,7 @@ from servingtiers.api.status import DecisionRecord, PoolMemory, ServingTierStatu
 from servingtiers.core import pin
 from servingtiers.core.config import OperatorConfig
 from servingtiers.core.decisions import Decision, PoolFacts, Targets, TierDecision, TierObservation, acts
-from servingtiers.core.diff import Changes, changes, content_hash
+from servingtiers.core.diff import Changes, changes, content_hash, owned_by
 from servingtiers.core.effective import PoolAsked, PoolSettings, TierSettings, pools_asked
 from servingtiers.core.findings import Problem
 from servingtiers.core.pin import Pin
@@ -177,10 +177,9 @@ def _accept(
     observed: Observed,
 ) -> _Accepted:
     config = observed.config
-    views = {
-        asked.name: view_pool(tier, asked.name, member.objects, member.pods)
-        for asked in pools_asked(tier.spec)
-    }
+    # Somebody else's Deployment of the same name says nothing about our pools.
+    own = [obj for obj in member.objects if owned_by(obj, tier.metadata.uid)]
+    views = {asked.name: view_pool(tier, asked.name, own, member.pods) for asked in pools_asked(tier.spec)}
     fresh = presets.choose(tier, config, shortage=_shortage(tier, views))
     pins = {name: pin.read(view.deployment) if view.deployment else None for name, view in views.items()}
     in_force = {s.name: _in_force(tier, s, pins[s.name]) for s in fresh.pools}
@@ -203,7 +202,7 @@ def _accept(
     )
     targets = presets.targets(tier.spec)
     judged = capacity.judge(tier.spec, settings, targets, member.load)
-    router_view = view_router(tier, member.objects, member.pods)
+    router_view = view_router(tier, own, member.pods)
     router_template, router_hash = _router(tier, settings, router_view, config)
     return _Accepted(
         member=member,

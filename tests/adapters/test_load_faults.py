@@ -1,4 +1,4 @@
-# ruff: noqa: D103 - the names are the sentences
+
 """What both sources say when something is wrong; names carry the fault's number in the catalogue (M1 to M29)."""
 
 import asyncio

@@ -1,4 +1,4 @@
-# ruff: noqa: D103 - the names are the sentences
+
 """The operator's own metrics: what is known, no more, and gone with its tier."""
 
 from pathlib import Path

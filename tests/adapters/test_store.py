@@ -109,3 +109,16 @@ def test_objects_are_found_by_how_the_label_spells_the_tier():
     store.see(obj(tier="long"))
 
     assert names(store, ("n", "longer-than-a-label")) == [("d", 1)]
+
+
+def test_a_relist_forgets_autoscalers_that_are_gone():
+    """A ghost would keep a tier in conflict for ever."""
+    store = Store(LABEL)
+    rival = obj("rival", kind="HorizontalPodAutoscaler")
+    store.see(rival)
+
+    assert store.autoscalers("n") == (rival,)
+
+    store.relist("HorizontalPodAutoscaler", "autoscaling/v2", [], 9)
+
+    assert store.autoscalers("n") == ()

@@ -129,3 +129,23 @@ def test_both_phases_are_checked():
         "spec.disaggregation.prefill.hardware.accelerators",
         "spec.disaggregation.decode.hardware.accelerators",
     ]
+
+
+def test_what_the_api_takes_and_this_version_does_not_do_is_said():
+    """A field that is silently ignored is a lie."""
+    raw = {
+        "apiVersion": "servingtiers.io/v1alpha1",
+        "kind": "ServingTier",
+        "metadata": {"name": "chat"},
+        "spec": {
+            "tier": "Latency",
+            "model": {"name": "meta-llama/Llama-3.1-8B-Instruct"},
+            "pool": {"hardware": {"accelerators": ["h100-sxm-80gb"]}},
+            "sharedPool": {"name": "llama"},
+        },
+    }
+    config = OperatorConfig.model_validate({"accelerators": {"h100-sxm-80gb": {}}})
+
+    (found,) = find(ServingTier.model_validate(raw), config)
+
+    assert (found.field, found.blocking) == ("spec.sharedPool", False)

@@ -15,6 +15,7 @@ from servingtiers.core.state import JsonObject, Ref
 
 __all__ = ["Key", "Store", "key_of_tier"]
 
+_AUTOSCALER = "HorizontalPodAutoscaler"
 Key = tuple[str, str]
 """Namespace and name of a tier."""
 
@@ -67,7 +68,7 @@ class Store:
     def see(self, obj: JsonObject) -> Key | None:
         """Take in an object; return namespace and label value of the tier it belongs to when it is news."""
         ref = Ref.of(obj)
-        if ref.kind == "HorizontalPodAutoscaler":
+        if ref.kind == _AUTOSCALER:
             self._autoscalers[ref.namespace][ref] = obj
             return None
         held = self._objects.get(ref)
@@ -85,7 +86,7 @@ class Store:
     def forget(self, obj: JsonObject) -> Key | None:
         """Drop a deleted object, unless one of the same name has come since; return as ``see`` does."""
         ref = Ref.of(obj)
-        if ref.kind == "HorizontalPodAutoscaler":
+        if ref.kind == _AUTOSCALER:
             self._autoscalers[ref.namespace].pop(ref, None)
             return None
         held = self._objects.get(ref)
@@ -105,6 +106,8 @@ class Store:
         What is newer than the list (our own writes since it was asked for) stays.
         """
         fresh = {Ref.of(obj): obj for obj in items}
+        if kind == _AUTOSCALER:
+            self._autoscalers.clear()
         affected: set[Key] = set()
         stale = [
             obj

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from servingtiers.core.state import JsonObject, Ref, Verb, Write
 
-__all__ = ["APPLIED_HASH", "Changes", "changes", "contains", "content_hash", "quantity"]
+__all__ = ["APPLIED_HASH", "Changes", "changes", "contains", "content_hash", "owned_by", "quantity"]
 
 APPLIED_HASH: Final = "servingtiers.io/applied-hash"
 """Annotation: hash of what was last applied, so that a field we stop setting is noticed."""
@@ -135,7 +135,7 @@ def changes(
         current = found.get(ref)
         if current is None:
             writes.append(Write(Verb.CREATE, obj, "it does not exist"))
-        elif not _owned_by(current, owner_uid):
+        elif not owned_by(current, owner_uid):
             foreign.append(ref)
         elif current["metadata"].get("deletionTimestamp"):
             waiting.append(ref)
@@ -148,12 +148,13 @@ def changes(
     writes += [
         Write(Verb.DELETE, obj, "the tier no longer needs it")
         for ref, obj in found.items()
-        if ref not in wanted and _owned_by(obj, owner_uid) and not obj["metadata"].get("deletionTimestamp")
+        if ref not in wanted and owned_by(obj, owner_uid) and not obj["metadata"].get("deletionTimestamp")
     ]
     return Changes(tuple(writes), tuple(foreign), tuple(waiting))
 
 
-def _owned_by(obj: Mapping[str, Any], uid: str) -> bool:
+def owned_by(obj: Mapping[str, Any], uid: str) -> bool:
+    """Return whether an object names the owner with that uid."""
     return any(owner.get("uid") == uid for owner in obj["metadata"].get("ownerReferences", ()))
 
 

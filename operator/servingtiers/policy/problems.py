@@ -30,6 +30,7 @@ def find(tier: ServingTier, config: OperatorConfig) -> tuple[Problem, ...]:
     problems: list[Problem] = []
     shape = sizing.shape_of(spec.model.name)
     problems.extend(_model(spec, config, shape))
+    problems.extend(_not_yet(spec))
     for pool in pools_asked(spec):
         problems.extend(_hardware(spec, config, pool, shape))
         problems.extend(_engine(spec, config, pool, shape))
@@ -58,6 +59,24 @@ def _shards(spec: ServingTierSpec, config: OperatorConfig, shape: ModelShape | N
             f"{decode} is below the {min(fits)} that prefill needs, and NIXL cannot gather KV heads: raise it to"
             f" {min(fits)}, or allow prefill a larger accelerator",
             reason="TensorParallelImpossible",
+        )
+
+
+def _not_yet(spec: ServingTierSpec) -> Iterator[Problem]:
+    """Yield what the API takes and this version does not act on: it is said, not silently ignored."""
+    if spec.shared_pool is not None:
+        yield Problem(
+            "spec.sharedPool",
+            "this version does not lend engines yet: the tier scales on its own; remove sharedPool to silence this",
+            blocking=False,
+            reason="SharedPoolInactive",
+        )
+    if spec.disaggregation is not None and spec.disaggregation.elastic_roles:
+        yield Problem(
+            "spec.disaggregation.elasticRoles",
+            "this version does not change roles yet: engines are rendered for it and keep theirs",
+            blocking=False,
+            reason="ElasticRolesInactive",
         )
 
 
