@@ -184,7 +184,7 @@ def scenario(cell: Cell) -> Scenario:
 
 def execute(job: Job) -> dict[str, Any]:
     """Run a job and return its record."""
-    begin = time.perf_counter()
+    begin = time.process_time()
     try:
         made = _execute(job)
     except Exception as error:  # noqa: BLE001 - one run that fails must not end a study of hours; it is reported
@@ -192,7 +192,7 @@ def execute(job: Job) -> dict[str, Any]:
     return {
         "key": job.key,
         "code": code_of(job.policy),
-        "wall": round(time.perf_counter() - begin, 3),
+        "cpu": round(time.process_time() - begin, 3),
         **made,
     }
 
@@ -419,7 +419,7 @@ def jobs(*, full: bool, seeds: int) -> Iterator[Job]:
             yield Job(cell, policy)
     for special in SPECIAL:
         yield Job(anywhere, special)
-    for load in ("sawtooth", "step", "spike"):
+    for load in () if full else ("sawtooth", "step", "spike"):  # the full base has them
         yield Job(Cell(load, 130.0), OURS)
     for kind in FaultKind:
         yield Job(Cell("conv-8b", 130.0, fault=str(kind)), OURS)
@@ -531,6 +531,10 @@ class Results:
         """Return a record; None where the run is missing or failed."""
         record = self.records.get(Job(cell, policy, knob).key)
         return None if record is None or "error" in record else record
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that all runs took."""
+        return math.fsum(float(record.get("cpu", 0.0)) for record in self.records.values())
 
     def score(self, cell: Cell, policy: str, knob: float | None = None) -> tuple[float, float] | None:
         """Return (violations, GPU-hours)."""
@@ -931,7 +935,13 @@ def main() -> int:
     if not given.judge:
         minutes = given.minutes or (145.0 if given.full else 9.0)
         study(todo, given.results, workers=given.workers, limit=60 * minutes)
-    results = Results(read(given.results))
+    # What other code has made is no result of this code's.
+    records = {
+        key: record
+        for key, record in read(given.results).items()
+        if record["code"] == code_of(json.loads(key)["policy"])
+    }
+    results = Results(records)
     cells = [cell for cell in base_cells(full=given.full) if given.only in cell.load]
     print("\n".join(tables(results, cells)))
     print(

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
-from time import perf_counter
+from time import process_time
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,7 +112,7 @@ class RunResult:
     moves: tuple[Move, ...]
     decisions: int
     decide_seconds: float
-    """Wall-clock seconds spent inside the policy, all decisions together."""
+    """CPU seconds spent inside the policy, all decisions together."""
     complete: bool
     """False: the run was interrupted; figures are up to then."""
 
@@ -780,9 +780,9 @@ class Fleet:
                 return
         self._look()
         observations = tuple(self.observation(tier) for tier in self._tiers)
-        begin = perf_counter()
+        begin = process_time()
         decided = self.policy.decide(observations, EPOCH + self.now)
-        self.decide_seconds += perf_counter() - begin
+        self.decide_seconds += process_time() - begin
         self.decisions += 1
         by_key = {decision.key: decision for decision in decided}
         for tier in self._tiers:
