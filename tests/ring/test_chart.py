@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import subprocess
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -420,6 +421,7 @@ def test_only_the_operator_may_say_whom_an_engine_serves(plane):
         if denied("POST", pods, pod("early", route)):
             break
         admin.request("DELETE", f"{pods}/early?gracePeriodSeconds=0")
+        time.sleep(0.1)
     merge = {"content_type": "application/merge-patch+json"}
     assert denied("POST", pods, pod("forged", route))
     assert denied("POST", deployments, workload("forged", route))
@@ -434,7 +436,7 @@ def test_only_the_operator_may_say_whom_an_engine_serves(plane):
     for _ in range(100):
         if made := admin.request("GET", query)["items"]:
             break
-        plane.kubectl("get", "pods", "-n", name)
+        time.sleep(0.1)
     engine = made[0]["metadata"]["name"]
     assert made[0]["metadata"]["labels"]["route.servingtiers.io/tier"] == "chat"
     assert denied(
