@@ -23,6 +23,7 @@ _COMMANDS = {
     "explain": "Tell what was decided for a tier, and why.",
     "plan": "Find the cheapest fleet that keeps the objectives.",
     "predict": "Predict the latencies of one configuration.",
+    "profile": "Measure the step times of a running engine.",
     "simulate": "Replay traffic against a tier before it is applied.",
     "demo": "Run three tiers on a local control plane with simulated engines.",
 }
