@@ -1,4 +1,3 @@
-
 """What both sources say when something is wrong; names carry the fault's number in the catalogue (M1 to M29)."""
 
 import asyncio

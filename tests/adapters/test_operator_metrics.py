@@ -1,4 +1,3 @@
-
 """The operator's own metrics: what is known, no more, and gone with its tier."""
 
 from pathlib import Path

@@ -174,15 +174,16 @@ async def settle(made: Controller, namespace: str, *names: str, passes: int = 6)
     """Relist once, then reconcile until a pass writes nothing."""
     await made.relist()
     for _ in range(passes):
-        before = _writes(made)
+        before = writes(made)
         for name in names:
             await made.reconcile((namespace, name))
-        if _writes(made) == before:
+        if writes(made) == before:
             return
     raise AssertionError(f"still writing after {passes} passes")
 
 
-def _writes(made: Controller) -> float:
+def writes(made: Controller) -> float:
+    """Return how many mutating requests a controller has made, events included."""
     return sum(
         sample.value
         for family in made.metrics.registry.collect()
