@@ -1,7 +1,8 @@
 """Hold the analytic path against the event simulation, and time it.
 
-Operating points are drawn at random, stratified over utilisation 0.2-0.9 of what the simulation itself sustains: plain, with
-length spread, with prefix hits, batch-limited, and disaggregated; with and without asynchronous scheduling.
+Operating points are drawn at random, stratified over utilisation 0.2-0.9 of what the simulation itself
+sustains: plain, with length spread, with prefix hits, batch-limited, and disaggregated; with and without
+asynchronous scheduling.
 
 Run: ``python tests/bench/bench_analytic.py [--points N] [--rows]``. Exits 1 when an error that the
 documentation claims is exceeded.
@@ -53,8 +54,8 @@ ENGINES = (
 )
 LINK_GB_S = 50.0
 FULL_KV = 0.9
-"""Points whose KV cache is fuller than this on average are left out, listed: there the engine preempts and the analytic path answers
-'saturated', not a number."""
+"""Points whose KV cache is fuller than this on average, or that preempt, are left out and listed: the analytic
+path does not know preemption."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Point:
 
 
 def timed(call: Callable[[], Prediction]) -> tuple[Prediction, float]:
-    """Return a call's result and its processor time in microseconds, the best mean of ten runs of twenty calls."""
+    """Return a call's result and its processor time in µs, the best mean of ten runs of twenty calls."""
     result = call()
     best = float("inf")
     for _ in range(10):

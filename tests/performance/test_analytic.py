@@ -323,3 +323,26 @@ def test_slices_of_lengths_keep_the_mean_and_the_whole(cv):
     slices = analytic._slices(round(cv, 2), analytic._FINE)
     assert sum(weight for _, weight in slices) == pytest.approx(1.0, abs=1e-9)
     assert sum(size * weight for size, weight in slices) == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rate": 0.0},
+        {"rate": float("nan")},
+        {"prompt_tokens": 0.5},
+        {"output_tokens": float("inf")},
+        {"prompt_cv": -0.1},
+        {"output_cv": 11.0},
+        {"prefix_hit_rate": 1.1},
+    ],
+)
+def test_traffic_that_makes_no_sense_is_refused_in_one_line(change):
+    with pytest.raises(ValueError, match="use") as caught:
+        replace(CHAT, **change)
+    assert "\n" not in str(caught.value)
+
+
+def test_limits_below_one_are_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        EngineLimits(max_num_seqs=0)

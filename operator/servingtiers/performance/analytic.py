@@ -1,28 +1,31 @@
 """The fast path: latencies of an engine under Poisson load from closed forms, for the control loop.
 
-The event simulation (:mod:`servingtiers.performance.engine_sim`) plays requests through the scheduler; this module
-computes the same distributions in about a tenth of a millisecond, in pure Python, for the operator to call on every
-pass. A benchmark holds the two together. Three models are stacked:
+The event simulation (:mod:`servingtiers.performance.engine_sim`) plays requests through the scheduler; this
+module computes the same distributions in about a tenth of a millisecond, in pure Python, for the operator to
+call on every pass. A benchmark holds the two together. Three models are stacked:
 
 **Batch.** A decoding sequence gains a token each step, and a step takes ``τ(b)`` with ``b`` of them, so the
-engine shares itself among them. Processor sharing is insensitive to the distribution of output lengths (Baskett,
-Chandy, Muntz and Palacios, JACM 22(2), 1975): the number decoding has the product form
-``P(b) ∝ Π_{i≤b} λ·D·τ(i)/i``, with arrival rate ``λ`` and ``D`` decode steps a request. Where ``τ`` is
-linear this is a negative binomial with mean ``a + g/(1-g)``, where ``a = λ·D·τ(a)`` is the fixed point and
-``g = λ·D·τ'(a)`` its slope. By Little's law TPOT is that mean over ``λ·D``.
+engine shares itself among them. Processor sharing is insensitive to the distribution of output lengths
+(Baskett, Chandy, Muntz and Palacios, JACM 22(2), 1975): the number decoding has the product form ``P(b) ∝
+Π_{i≤b} λ·D·τ(i)/i``, with arrival rate ``λ`` and ``D`` decode steps a request. Where ``τ`` is linear this is
+a negative binomial with mean ``a + g/(1-g)``, where ``a = λ·D·τ(a)`` is the fixed point and ``g = λ·D·τ'(a)``
+its slope. By Little's law TPOT is that mean over ``λ·D``.
 
-**Steps.** Requests that arrive during a step are computed together in a later one. The number of prompts in a step is a Markov
-chain: Poisson with mean ``λ`` times the length of the step they arrived in. Its stationary distribution gives the
-mean time a prompt adds to decode steps, and hence ``τ(b) = d(b) / (1 - λ·Δ)``.
+**Steps.** Requests that arrive during a step are computed together in a later one. The number of prompts in a
+step is a Markov chain: Poisson with mean ``λ`` times the length of the step they arrived in. Its stationary
+distribution gives the mean time ``Δ`` a prompt adds to decode steps ``d(b)``, and hence ``τ(b) = d(b) / (1 -
+λ·Δ)``. A request decodes right after the step of its own prompt, in which others arrived, so it meets more
+prompts than the average step does; that surplus is added.
 
 **First token.** An arrival sees the rest of the step under way (longer steps are met more often), under
-asynchronous scheduling the step composed before it came, then the step that computes its own prompt together with
-the others that came when it did. The distribution of the sum is computed on a grid. Where the batch is
-limited, waiting for a slot is added: Erlang's delay probability of the product form, with a conditional
-wait that is exponential, scaled for the spread of service times (Allen and Cunneen).
+asynchronous scheduling the step composed before it came, then the step that computes its own prompt together
+with the others that came when it did. The distribution of the sum is computed on a grid. Where the batch is
+limited, some requests wait for a slot instead: the product form has a geometric tail beyond the limit
+(Erlang's delay system), and the conditional wait is exponential, scaled for service times that vary less than
+exponential ones (Cosmetatos, Operational Research Quarterly 27(3), 1976; Page, JORS 33(5), 1982).
 
-What it does not know: bursts beyond Poisson, preemption, priorities. KV-limited points are answered as
-saturated.
+What it does not know: bursts beyond Poisson, preemption, priorities. The KV cache is a limit on the batch, at
+its mean context.
 """
 
 from __future__ import annotations
@@ -64,6 +67,10 @@ class EngineLimits:
     async_scheduling: bool = True
     """Whether a step is composed while the one before it runs (vLLM's default since 0.14)."""
 
+    def __post_init__(self) -> None:
+        if self.max_num_seqs < 1 or self.max_num_batched_tokens < 1:
+            raise ValueError("max-num-seqs and max-num-batched-tokens must be at least 1")
+
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
@@ -80,6 +87,18 @@ class Traffic:
     output_cv: float = 0.0
     prefix_hit_rate: float = 0.0
     """Share of each prompt's tokens found in the prefix cache, 0-1."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.rate < float("inf"):
+            raise ValueError(f"rate {self.rate:g}: use a number of requests per second above 0")
+        if not (1.0 <= self.prompt_tokens < float("inf") and 1.0 <= self.output_tokens < float("inf")):
+            raise ValueError(
+                f"{self.prompt_tokens:g} prompt and {self.output_tokens:g} output tokens: use 1 or more"
+            )
+        if not (0.0 <= self.prompt_cv <= 10.0 and 0.0 <= self.output_cv <= 10.0):
+            raise ValueError(f"length CV {self.prompt_cv:g} and {self.output_cv:g}: use 0 (all alike) to 10")
+        if not 0.0 <= self.prefix_hit_rate <= 1.0:
+            raise ValueError(f"prefix hit rate {self.prefix_hit_rate:g}: use a share from 0 to 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,15 +242,16 @@ class _Steps(NamedTuple):
     next_ms: float
     """What each further prompt adds to a step that has one, ms."""
     surplus_ms: float
-    """Time beyond the stationary that a request's decode steps take together, because they follow the step of its
-    own prompt, in which others arrived."""
+    """Time beyond the stationary that a request's decode steps take together, because they follow the step of
+    its own prompt, in which others arrived."""
 
 
 def _steps(engine: _Engine, rate: float, batch: float, decode_steps: float) -> _Steps:
     """Return the distribution of step lengths at a constant batch.
 
-    The state is the number of prompts computed together; lengths within a state have a few values where prompt
-    lengths are spread. Prompts beyond the token budget of one step take several, counted as one long step.
+    The state is the number of prompts computed together; lengths within a state have a few values where
+    prompt lengths are spread. Prompts beyond the token budget of one step take several, counted as one long
+    step.
     """
     decode, bare = engine.decode_ms(batch)
     prompt, pairs = engine.prompt, engine.pairs
@@ -298,7 +318,7 @@ def _steps(engine: _Engine, rate: float, batch: float, decode_steps: float) -> _
 
 @lru_cache(maxsize=512)
 def _slices(spread: float, edges: tuple[float, ...]) -> tuple[tuple[float, float], ...]:
-    """Return a log-normal of mean 1 and this coefficient of variation as (mean of a slice, its probability)."""
+    """Return a log-normal of mean 1 as slices: (mean of the slice, its probability)."""
     if spread < 0.02:
         return ((1.0, 1.0),)
     sigma = sqrt(log(1.0 + spread * spread))
@@ -341,7 +361,7 @@ class _Batch(NamedTuple):
 
 
 def _guess(engine: _Engine, rate: float, slots: float) -> float:
-    """Return the batch at which as many sequences come as go, by substitution from below, to a tenth or so."""
+    """Return the batch at which as many sequences come as go, to a tenth or so, by substitution."""
     work, prompt, pairs = rate * engine.steps, engine.prompt, engine.pairs
     batch = before = value = 0.0
     for turn in range(4):
@@ -359,7 +379,7 @@ def _guess(engine: _Engine, rate: float, slots: float) -> float:
 
 
 def _lattice() -> tuple[float, ...]:
-    """Return batch sizes: every one up to 5, then a quarter apart, which a standard deviation is up to 16, then closer."""
+    """Return batch sizes: every one up to 5, then about a standard deviation of a Poisson batch apart."""
     points = [float(size) for size in range(6)]
     while points[-1] < 20_000.0:
         apart = 0.25 if points[-1] < 30.0 else 0.15
@@ -375,9 +395,10 @@ def _batch(
 ) -> _Batch:
     """Sum the product form; see the module's text.
 
-    ``P(b) = P(b-1)·λ·hold(b)/b`` up to the limit, where a request holds its slot for its decode steps and the step
-    of its prompt; beyond it a geometric tail with the load as its ratio. Sums over a lattice of sizes stand for sums over all
-    of them (Euler and Maclaurin's formula to first order, exact where the lattice has every size).
+    ``P(b) = P(b-1)·λ·hold(b)/b`` up to the limit, where a request holds its slot for its decode steps and the
+    step of its prompt; beyond it a geometric tail with the load as its ratio. Sums over a lattice of sizes
+    stand for sums over all of them (Euler and Maclaurin's formula to first order, exact where the lattice has
+    every size).
 
     Args:
         engine: The engine.
@@ -389,7 +410,7 @@ def _batch(
         surplus: Time to add to each decode step, ms.
     """
     steps, prompt, pairs = engine.steps, engine.prompt, engine.pairs
-    # Sharing a step saves a share of what prompts cost; where a lone one costs next to nothing it adds instead.
+    # Sharing a step saves a share of what prompts cost; where a lone one costs next to nothing it adds.
     ratio_shared = 1.0
     if shared < 0.0:
         ratio_shared, shared = (1.0 + shared / lone if lone > -shared else 0.0), 0.0
@@ -459,7 +480,7 @@ def _batch(
     variance = max(second / total - mean * mean, 0.0)
     wait = 0.0
     if waiting > 1e-9:
-        # Conditional wait: exact for exponential service; Cosmetatos's factor for constant one, Page's blend between.
+        # Conditional wait: exact for exponential service; Cosmetatos for constant one, Page between the two.
         constant = (1.0 - ratio) * (slots - 1.0) * (sqrt(4.0 + 5.0 * slots) - 2.0) / (16.0 * ratio * slots)
         constant = 0.5 * (1.0 + constant)
         spread = min(engine.service_cv**2, 4.0)
@@ -469,7 +490,7 @@ def _batch(
 
 
 def _add(pmf: list[float], at: float, weight: float) -> None:
-    """Add a point mass at a position of the grid, shared by the bins on either side so that the mean is kept."""
+    """Add a point mass to the grid, shared by the bins on either side so that the mean is kept."""
     if at >= _BINS - 1:
         pmf[_BINS - 1] += weight
         return
@@ -487,8 +508,8 @@ _WEIGHT = float(1 << 18)
 def _plus(one: Sequence[float], *terms: Sequence[tuple[float, float]]) -> list[float]:
     """Return the distribution of a sum of independent times, the first on the grid, the others few points.
 
-    The grid's probabilities become 64-bit digits of one long integer; a shift of it moves the distribution, and a
-    weighted sum of shifted ones is a convolution, at the price of a few long additions (Kronecker
+    The grid's probabilities become 64-bit digits of one long integer; a shift of it moves the distribution,
+    and a weighted sum of shifted ones is a convolution, at the price of a few long additions (Kronecker
     substitution). Exact to about 2**-17. What falls beyond the grid is put into its last bin.
 
     Args:
@@ -607,7 +628,7 @@ def _first_token(
     *,
     asynchronous: bool,
 ) -> tuple[float, float, list[float], list[float]]:
-    """Return the mean time to first token, the mean of its part after being scheduled, and its distribution function.
+    """Return the time to first token: its mean, the mean of its part after being scheduled, its distribution.
 
     The distribution function is given as ascending times, ms, and probabilities.
     """
@@ -663,7 +684,7 @@ def _first_token(
         rest = _plus(rest, *terms)
     for x, w in alone:
         _add(rest, (x - begin) / width, w * idle)
-    # The distribution function at the upper edges of the bins; a mass in a bin stands for one about its middle.
+    # The distribution function at the upper edges of the bins: a bin's mass stands for one about its middle.
     times = [begin + width * (index + 0.5) for index in range(_BINS)]
     below = list(accumulate(rest))
     if waits > 1e-4:
@@ -703,8 +724,8 @@ def _percentiles(mean: float, times: Sequence[float], below: Sequence[float]) ->
 def _largest_rate(engine: _Engine, slots: float) -> float:
     """Return the rate at which the batch is always full, requests/ms: what the engine sustains.
 
-    With the batch full, a slot is held for ``D`` decode steps, the step of its own prompt and what the prompts of
-    the other slots add meanwhile, one each; ``slots`` requests are served in that time.
+    With the batch full, a slot is held for ``D`` decode steps, the step of its own prompt and what the
+    prompts of the other slots add meanwhile, one each; ``slots`` requests are served in that time.
     """
     if not engine.steps:
         room = max(engine.budget, 1.0)
@@ -766,7 +787,8 @@ def _per_token(
 
     A request's mean varies with the prompts computed while it decodes (a compound Poisson sum, each prompt
     lengthening the window in which the next may come) and with the batch, averaged over its stay: the
-    autocovariance of the number in an M/D/∞ system falls linearly over a stay, which leaves two thirds of its variance.
+    autocovariance of the number in an M/D/∞ system falls linearly over a stay, which leaves two thirds of its
+    variance.
     """
     step = batch.mean / (rate * engine.steps)
     share = min(rate * steps.prompt_ms, 0.9)
@@ -878,8 +900,8 @@ def predict_disaggregated(
     """Return the latencies of separate prefill and decode engines.
 
     As vLLM's connectors do it: a prefill engine computes the prompt and stops after one token, the KV cache
-    moves to a decode engine, which computes the last prompt token again and goes on; the client's first token is
-    the decode engine's. Splitting phases is DistServe's (OSDI '24) and Splitwise's (ISCA '24).
+    moves to a decode engine, which computes the last prompt token again and goes on; the client's first token
+    is the decode engine's. Splitting phases is DistServe's (OSDI '24) and Splitwise's (ISCA '24).
 
     Args:
         prefill: Step model of a prefill engine.
@@ -892,8 +914,8 @@ def predict_disaggregated(
         decode_limits: Their limits.
 
     Returns:
-        Time to first token from arrival to the decode engine's first; the batch and KV use are the decode engines', the
-        utilisation that of the pool nearer its limit.
+        Time to first token from arrival to the decode engine's first; the batch and KV use are the decode
+        engines', the utilisation that of the pool nearer its limit.
     """
     first = predict(
         prefill,
@@ -948,7 +970,7 @@ class Objective:
             raise ValueError(f"target {self.target_ms:g} ms must be above 0")
 
     def expected_ms(self, prediction: Prediction, tail_margin: float) -> float:
-        """Return the predicted value of the objective's metric, with the margin on the tail of the first token, ms."""
+        """Return what is predicted of the metric, ms, with the margin on the tail of the first token."""
         ttft = prediction.ttft.at(self.percentile)
         extra = (tail_margin - 1.0) * ttft if self.percentile in {"p99", "p999"} else 0.0
         if self.metric == "ttft":
@@ -971,8 +993,8 @@ class SizedRate:
 
 
 _TAIL_MARGIN = 1.4
-"""Measured p99 times to first token lay about 30 % above simulated ones even for evenly spaced arrivals, which no
-model of the engine explains; until live tails are known, p99 is held to the target divided by this."""
+"""Measured p99 times to first token lay about 30 % above simulated ones even for evenly spaced arrivals, which
+no model of the engine explains; until live tails are known, p99 is held to the target divided by this."""
 
 _COARSE_RATES = tuple(0.985 * 0.8**power for power in range(23, -1, -1))
 _STEPS_BETWEEN = 8
@@ -989,9 +1011,9 @@ def max_rate(
 ) -> SizedRate:
     """Return the largest rate one engine takes while it keeps every objective.
 
-    Rates are tried upward on a fixed grid (24 coarse ones, 25 % apart, then 8 between), and the answer is the last one before
-    the first miss. So a tighter objective never gives a larger rate, whatever ripples the percentiles have. The
-    grid's 2.8 % lie on the safe side.
+    Rates are tried upward on a fixed grid (24 coarse ones, 25 % apart, then 8 between), and the answer is the
+    last one before the first miss. So a tighter objective never gives a larger rate, whatever ripples the
+    percentiles have. The grid's 2.8 % lie on the safe side.
 
     Args:
         model: The step model of the engine.

@@ -1,11 +1,11 @@
 """Online calibration: two factors and an offset that fit a step model to the engine that really runs.
 
-Tables and rooflines know kernels; they do not know this cluster's clocks, drivers, engine version and network. Three
-numbers absorb most of the difference: a factor on decode work, a factor on prompt work, and an additive
-offset of the time to first token (HTTP, tokenizer, queues between processes). All are learned from *means*,
-which vLLM's histograms give exactly (sum over count), at moderate load, where the model of queueing cannot be
-what is wrong. Percentiles are then predicted by the calibrated model; scaling a predicted p99 by an observed
-ratio instead makes it worse at any other load.
+Tables and rooflines know kernels; they do not know this cluster's clocks, drivers, engine version and
+network. Three numbers absorb most of the difference: a factor on decode work, a factor on prompt work, and an
+additive offset of the time to first token (HTTP, tokenizer, queues between processes). All are learned from
+*means*, which vLLM's histograms give exactly (sum over count), at moderate load, where the model of queueing
+cannot be what is wrong. Percentiles are then predicted by the calibrated model; scaling a predicted p99 by an
+observed ratio instead makes it worse at any other load.
 
 Everything here is pure: observations in, a small serialisable state out.
 """
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "Observation", "calibrated", "predict_calibrated", "update"]
 
 LOWEST, HIGHEST = 0.5, 2.0
-"""Bounds of the factors: an engine outside them runs something else than the model says, and the plan must say so
-instead of being bent."""
+"""Bounds of the factors: an engine outside them runs something else than the model says, and the plan must say
+so instead of being bent."""
 
 FEWEST_REQUESTS = 200
 LEAST_KV_USE, MOST_KV_USE = 0.1, 0.9
@@ -146,7 +146,7 @@ def calibrated(model: GridStepModel, calibration: Calibration) -> GridStepModel:
 def predict_calibrated(
     model: GridStepModel, calibration: Calibration, traffic: Traffic, limits: EngineLimits | None = None
 ) -> Prediction:
-    """Return the analytic prediction of the calibrated model, with the offset in the first token and end to end."""
+    """Return the prediction of the calibrated model, with the offset in the first token and end to end."""
     prediction = predict(calibrated(model, calibration), traffic, limits)
     offset = calibration.offset_ms
 
@@ -221,8 +221,8 @@ def _explaining(
 ) -> tuple[float, float] | None:
     """Return the factors at which the model says what was observed, or None where the model is saturated.
 
-    Solved by substitution: queueing makes latencies respond more than in proportion, so each turn takes only most of the
-    step and stops within half a per cent.
+    Solved by substitution: queueing makes latencies respond more than in proportion, so each turn takes only
+    most of the step and stops within half a per cent.
     """
     decode, prompt = calibration.decode_factor, calibration.prefill_factor
     for _ in range(12):

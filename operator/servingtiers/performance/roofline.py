@@ -1,11 +1,11 @@
-"""The roofline of one engine step: the slower of streaming the weights and multiplying with them, plus the rest.
+"""The roofline of an engine step: the slower of streaming the weights and multiplying with them, and the rest.
 
 After Williams, Waterman and Patterson (CACM 52(4), 2009): a kernel cannot run faster than memory bandwidth or
-arithmetic allow. A decode step streams every weight once for the whole batch, so it is bound by bandwidth until
-the batch is large; a prefill step multiplies every weight with many tokens, so it is bound by arithmetic.
-Published peaks are never reached; the shares that are (model bandwidth and model FLOP utilisation, MBU and MFU)
-are fitted per accelerator and data type by :mod:`servingtiers.performance.fit` and shipped in
-``data/roofline_constants.json``.
+arithmetic allow. A decode step streams every weight once for the whole batch, so it is bound by bandwidth
+until the batch is large; a prefill step multiplies every weight with many tokens, so it is bound by
+arithmetic. Published peaks are never reached; the shares that are (model bandwidth and model FLOP
+utilisation, MBU and MFU) are fitted per accelerator and data type by :mod:`servingtiers.performance.fit` and
+shipped in ``data/roofline_constants.json``.
 
 Pure Python, imported by the operator.
 """
@@ -54,8 +54,8 @@ class RooflineConstants:
     request_us: float
     """Cost of each decoding sequence in a step, µs."""
     kv_head_us: float
-    """Cost of each decoding sequence for each layer and KV head of a GPU, µs: attention's work that does not depend
-    on the context."""
+    """Cost of each decoding sequence for each layer and KV head of a GPU, µs: attention's work that does not
+    depend on the context."""
     token_us: float
     """Cost of each token of a step in element-wise kernels, µs per layer and 10,000 hidden elements."""
     allreduce_us: float
@@ -65,8 +65,8 @@ class RooflineConstants:
     allreduce_many_us: float
     """Latency of one all-reduce of more than two GPUs, µs."""
     link_efficiency_many: float
-    """Share of the link bandwidth an all-reduce of more than two GPUs reaches, 0–1. It is its own constant because
-    vLLM's one-shot all-reduce kernel serves at most two GPUs that are joined by PCIe only."""
+    """Share of the link bandwidth an all-reduce of more than two GPUs reaches, 0–1. It is its own constant
+    because vLLM's one-shot all-reduce kernel serves at most two GPUs that are joined by PCIe only."""
     decode_error_percent: float = 30.0
     """Median absolute error of decode steps on models left out of the fit, per cent."""
     prefill_error_percent: float = 40.0
@@ -113,8 +113,8 @@ def constants_for(accelerator: Accelerator, weights: str) -> tuple[RooflineConst
     """Return the best constants for an accelerator and weight data type, and how they were come by.
 
     Exact fits come first. Otherwise constants are borrowed: from the same accelerator's bf16 fit for a data
-    type nobody fitted, then from the like accelerator named by the catalogue. Borrowed constants are a guess and
-    the caller must not call them calibrated: the text returned is then not empty.
+    type nobody fitted, then from the like accelerator named by the catalogue. Borrowed constants are a guess
+    and the caller must not call them calibrated: the text returned is then not empty.
 
     Returns:
         The constants, and an empty string for an exact fit or else a sentence that says what was borrowed.
@@ -167,7 +167,8 @@ _TOKENS = (1, 16, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512, 
 class Roofline:
     """The roofline of one model on a group of accelerators.
 
-    Formulas, per step with ``t`` tokens, of which ``b`` are decoding sequences that read ``kv`` cached tokens::
+    Formulas, per step with ``t`` tokens, of which ``b`` are decoding sequences that read ``kv`` cached
+    tokens::
 
         products  = max(streamed weights / (tp·MBU·BW), 2·active parameters·t / (tp·MFU·F))
         attention = kv·KV bytes / (shards·MBU_kv·BW) + 4·layers·heads·head_dim·pairs / (tp·MFU_attn·F_bf16)

@@ -1,8 +1,8 @@
 """One door to step models: the best source there is for a model on an accelerator.
 
 A profile measured by the user comes first, then a shipped table of the same shape, then the calibrated
-roofline, then the default roofline. What a table or profile does not cover (another weight or KV data type) is
-reached by scaling it with the ratio of two rooflines, with a wider band. Speculative decoding transforms
+roofline, then the default roofline. What a table or profile does not cover (another weight or KV data type)
+is reached by scaling it with the ratio of two rooflines, with a wider band. Speculative decoding transforms
 whatever was found.
 """
 
@@ -65,8 +65,9 @@ def kv_capacity_tokens(
     """Return how many tokens the KV cache of one replica holds.
 
     ``(memory·utilisation - weights/tp - reserve) / (KV bytes per token / shards)`` on each accelerator. The
-    reserve (activations, graphs, communication buffers, the CUDA context) grows with the width of the activations; its
-    constants are fitted to the capacities listed in the shipped tables, which they reproduce within 0.5 GB.
+    reserve (activations, graphs, communication buffers, the CUDA context) grows with the width of the
+    activations; its constants are fitted to the capacities listed in the shipped tables, which they reproduce
+    within 0.5 GB.
 
     Raises:
         DoesNotFitError: Nothing is left for the cache.
@@ -83,8 +84,8 @@ def kv_capacity_tokens(
     if tokens < 16:  # one block
         raise DoesNotFitError(
             f"{model.name} in {weights} does not fit {tensor_parallel} x {accelerator.key}: "
-            f"weights {model.weight_bytes(weights) / tensor_parallel / 1e9:.1f} GB and {reserve / 1e9:.1f} GB of reserve "
-            f"on each against {accelerator.memory_bytes * memory_utilization / 1e9:.1f} GB; "
+            f"weights {model.weight_bytes(weights) / tensor_parallel / 1e9:.1f} GB and "
+            f"{reserve / 1e9:.1f} GB of reserve on each against {accelerator.memory_bytes * memory_utilization / 1e9:.1f} GB; "
             "raise the tensor parallelism, quantize, or choose a larger accelerator"
         )
     return tokens
@@ -137,7 +138,7 @@ def step_model(
         raise CatalogError(f"memory utilization {memory_utilization:g} must be above 0 and at most 1")
     found = _base(model, accelerator, tensor_parallel, weights, kv_dtype, use_tables)
     if profile is not None:
-        roofline, _, _ = _roofline(model, accelerator, tensor_parallel, weights, kv_dtype)
+        roofline, _ = _roofline(model, accelerator, tensor_parallel, weights, kv_dtype)
         found = GridStepModel(
             source=StepSource(SourceKind.PROFILE, profile.describe(), 5.0),
             kv_capacity_tokens=profile.kv_capacity_tokens or found.kv_capacity_tokens,
@@ -166,18 +167,18 @@ def ideal_pair_ms(roofline: Roofline) -> float:
 
 def _roofline(
     model: ModelShape, accelerator: Accelerator, tensor_parallel: int, weights: str, kv_dtype: str
-) -> tuple[Roofline, StepSource, bool]:
-    """Return the roofline, what may be said of it, and whether its constants were fitted to this GPU and type."""
+) -> tuple[Roofline, StepSource]:
+    """Return the roofline of a configuration, and what may be said of it."""
     constants, borrowed = constants_for(accelerator, weights)
     roofline = Roofline(model, accelerator, constants, tensor_parallel, weights, kv_dtype)
     worst = max(constants.decode_error_percent, constants.prefill_error_percent)
     if borrowed or model.is_moe:
         what = borrowed or "mixture of experts, not calibrated"
-        source = StepSource(SourceKind.ROOFLINE_DEFAULT, f"roofline with {what}", max(3.0 * worst, 30.0))
-    else:
-        detail = f"roofline fitted to {constants.fitted_to} for {accelerator.key} {weights}"
-        source = StepSource(SourceKind.ROOFLINE_CALIBRATED, detail, 2.0 * worst)
-    return roofline, source, not borrowed
+        return roofline, StepSource(
+            SourceKind.ROOFLINE_DEFAULT, f"roofline with {what}", max(3.0 * worst, 30.0)
+        )
+    detail = f"roofline fitted to {constants.fitted_to} for {accelerator.key} {weights}"
+    return roofline, StepSource(SourceKind.ROOFLINE_CALIBRATED, detail, 2.0 * worst)
 
 
 @lru_cache(maxsize=512)
@@ -192,7 +193,7 @@ def _base(
     capacity = kv_capacity_tokens(
         model, accelerator, tensor_parallel=tensor_parallel, weights=weights, kv_dtype=kv_dtype
     )
-    target, source, _ = _roofline(model, accelerator, tensor_parallel, weights, kv_dtype)
+    target, source = _roofline(model, accelerator, tensor_parallel, weights, kv_dtype)
     if use_tables:
         table = find_table(model, accelerator.key, weights, kv_dtype, tensor_parallel)
         if table is not None:
@@ -213,10 +214,10 @@ def nearest_table(
 ) -> StepTable | None:
     """Return the shipped table that resembles a configuration most, or None when none is near enough.
 
-    Distance is the sum of the logarithms of the ratios of weights, KV bytes, layers and tensor parallelism, each with a weight,
-    plus a constant for another data type. Only dense models on the same accelerator are compared, because a
-    mixture of experts, or another memory system, errs in its own way. Groups of two GPUs and larger ones are not
-    compared where PCIe joins them: vLLM reduces over them with different kernels.
+    Distance is the sum of the logarithms of the ratios of weights, KV bytes, layers and tensor parallelism,
+    each with a weight, plus a constant for another data type. Only dense models on the same accelerator are
+    compared, because a mixture of experts, or another memory system, errs in its own way. Groups of two GPUs
+    and larger ones are not compared where PCIe joins them: vLLM reduces over them with different kernels.
     """
     if shape.is_moe or shape.mla is not None:
         return None

@@ -1,12 +1,12 @@
 """The step model: how long one engine step takes, as data every other layer reads.
 
 A vLLM engine runs *steps* (iterations; Orca, OSDI '22). Each step feeds some new prompt tokens (chunks of one
-or more prompts; Sarathi-Serve, OSDI '24) and one token of every decoding sequence through the model. Everything
-the product says about latency, throughput and cost is built on :meth:`StepModel.step_ms`.
+or more prompts; Sarathi-Serve, OSDI '24) and one token of every decoding sequence through the model.
+Everything the product says about latency, throughput and cost is built on :meth:`StepModel.step_ms`.
 
-Every step model is compiled to one :class:`StepGrid`, which says in plain tuples how to compute a step's time,
-so that the compiled event simulation, the analytic path and a person with a pencil use the same numbers. Step
-models are made by :func:`servingtiers.performance.select.step_model`.
+Every step model is compiled to one :class:`StepGrid`, which says in plain tuples how to compute a step's
+time, so that the compiled event simulation, the analytic path and a person with a pencil use the same
+numbers. Step models are made by :func:`servingtiers.performance.select.step_model`.
 """
 
 from __future__ import annotations
@@ -110,8 +110,9 @@ class StepGrid:
                             + pair_ms·pairs                         prompt attention
                             + decode(b, c) - decode(b, 0))          decode attention
 
-    Both interpolations are linear between points and continue the last segment beyond either end (a batch below the first
-    point uses the first point). ``0 < n + query_tokens·b`` below the first token point uses that point.
+    Both interpolations are linear between points and continue the last segment beyond either end (a batch
+    below the first point uses the first point). ``0 < n + query_tokens·b`` below the first token point uses
+    that point.
 
     Under speculative decoding a decoding sequence feeds ``query_tokens = k + 1`` tokens into a step and gains
     ``tokens_per_step`` tokens on average; otherwise both are 1.
@@ -122,8 +123,9 @@ class StepGrid:
     context_axis: tuple[float, ...]
     """Mean KV tokens of a decoding sequence, strictly increasing, beginning at 0."""
     decode_ms: tuple[tuple[float, ...], ...]
-    """Milliseconds of a pure decode step, ``[batch][context]``; rises along both axes. At context 0 stands the step
-    without its decode attention and whatever else a decoding sequence costs; a real context is at least 1."""
+    """Milliseconds of a pure decode step, ``[batch][context]``; rises along both axes. At context 0 stands the
+    step without its decode attention and whatever else a decoding sequence costs; a real context is at least
+    1."""
     token_axis: tuple[float, ...]
     """Tokens in a step that holds prompt tokens, strictly increasing."""
     token_ms: tuple[float, ...]

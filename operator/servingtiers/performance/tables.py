@@ -6,8 +6,8 @@ cached) and *mixed* (new tokens beside decoding sequences). :func:`grid_from_row
 switch, measurements scatter), and a planner that finds a larger batch faster would pick nonsense, so decode
 times are replaced by the middle of their upper and lower monotone envelopes.
 
-The shipped file, ``data/step_tables.csv.gz``, is scanned for one key at a time and parsed lazily; nothing here
-imports numpy.
+The shipped file, ``data/step_tables.csv.gz``, is scanned for one key at a time and parsed lazily; nothing
+here imports numpy.
 """
 
 from __future__ import annotations
@@ -190,8 +190,8 @@ def monotone_middle(grid: Sequence[Sequence[float]]) -> tuple[tuple[float, ...],
     """Return the nearest grid that falls along neither axis, in the sense of the largest change.
 
     The upper envelope takes at each point the largest value at or below it on both axes, the lower envelope
-    the smallest at or above it. Both are monotone, every monotone grid within distance ``d`` of the input lies
-    within ``d`` of both, and their mean halves the worst distance: the L∞ isotonic regression.
+    the smallest at or above it. Both are monotone, every monotone grid within distance ``d`` of the input
+    lies within ``d`` of both, and their mean halves the worst distance: the L∞ isotonic regression.
     """
     upper = [list(row) for row in grid]
     for i, row in enumerate(upper):
@@ -227,9 +227,9 @@ PADDING_SLACK = 1.05
 def without_spikes(grid: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
     """Return the grid with values far above those of a larger batch or context brought down to them.
 
-    vLLM pads a batch to the next captured CUDA graph, so a batch never needs to take longer than a larger one;
-    a table that says so by more than :data:`PADDING_SLACK` has caught a kernel the engine need not use (the
-    shipped B200 FP8 rows at batch 1–4 are the case in point: 1.5 times the time of batch 8).
+    vLLM pads a batch to the next captured CUDA graph, so a batch never needs to take longer than a larger
+    one; a table that says so by more than :data:`PADDING_SLACK` has caught a kernel the engine need not use
+    (the shipped B200 FP8 rows at batch 1–4 are the case in point: 1.5 times the time of batch 8).
     """
     return tuple(
         tuple(min(value, PADDING_SLACK * least) for value, least in zip(row, low, strict=True))
@@ -284,10 +284,10 @@ def _decode_grid(
 def _pair_ms(prefill: Sequence[tuple[float, float]], ideal_pair_ms: float) -> float:
     """Return the cost of prompt attention per token pair, from the bend of the prefill curve.
 
-    Linear layers are linear in the tokens once they are compute-bound, attention is quadratic; with three points
-    at 2,048 tokens or more the second difference is attention's alone. Measured curves scatter, so the estimate
-    is kept within what FlashAttention reaches: 30–80 % of the peak (FlashAttention-2, arXiv:2307.08691, table
-    and figures; FlashAttention-3, arXiv:2407.08608).
+    Linear layers are linear in the tokens once they are compute-bound, attention is quadratic; with three
+    points at 2,048 tokens or more the second difference is attention's alone. Measured curves scatter, so the
+    estimate is kept within what FlashAttention reaches: 30–80 % of the peak (FlashAttention-2,
+    arXiv:2307.08691, table and figures; FlashAttention-3, arXiv:2407.08608).
     """
     long = [(tokens, ms) for tokens, ms in prefill if tokens >= 2048]
     estimate = ideal_pair_ms / 0.5
@@ -396,6 +396,6 @@ def hull_of(rows: Sequence[StepRow]) -> Hull:
 
 
 def falling_neighbours(grid: Sequence[Sequence[float]]) -> tuple[int, int]:
-    """Return how many neighbours along the batch fall, and how many there are: how far from monotone a grid is."""
+    """Return how many neighbours along the batch fall, and how many there are."""
     pairs = [(low, high) for one, two in pairwise(grid) for low, high in zip(one, two, strict=True)]
     return sum(low > high for low, high in pairs), len(pairs)
