@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from itertools import pairwise
 from math import log
 from statistics import median
 
@@ -393,9 +392,3 @@ def hull_of(rows: Sequence[StepRow]) -> Hull:
         max_kv_tokens=float(max(row.batch * row.context for row in decode)),
         max_prompt_tokens=float(max(row.new_tokens for row in rows if row.kind != "decode")),
     )
-
-
-def falling_neighbours(grid: Sequence[Sequence[float]]) -> tuple[int, int]:
-    """Return how many neighbours along the batch fall, and how many there are."""
-    pairs = [(low, high) for one, two in pairwise(grid) for low, high in zip(one, two, strict=True)]
-    return sum(low > high for low, high in pairs), len(pairs)
