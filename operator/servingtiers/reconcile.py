@@ -321,7 +321,14 @@ def _router(
         if isinstance(part, dict):
             part.pop("scaling", None)
     hashed = content_hash(
-        [spec, router.may_rest_at_zero(tier), tier.metadata.annotations.get(pin.REPLAN_ANNOTATION)]
+        [
+            spec,
+            router.may_rest_at_zero(tier),
+            tier.metadata.annotations.get(pin.REPLAN_ANNOTATION),
+            # Accounts that a new configuration does not plan are pruned: routers must not go on to name them.
+            config.router_service_account,
+            config.cluster_mode,
+        ]
     )
     record = pin.read(view.deployment) if view.deployment else None
     if record is not None and record.spec_hash == hashed:

@@ -778,6 +778,7 @@ def heavier(observation: TierObservation, factor: float) -> TierObservation:
             seen,
             running=more(seen.running),
             waiting=more(seen.waiting),
+            request_rate=more(seen.request_rate),
             ttft=slower(seen.ttft),
             tpot=slower(seen.tpot),
             itl=slower(seen.itl),

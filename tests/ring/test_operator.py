@@ -17,6 +17,7 @@ from ring.harness import (
     settle,
     shape,
     tier,
+    writes,
 )
 from servingtiers.adapters.leadership import LeaseTimes
 from servingtiers.core.pin import PLAN_ANNOTATION
@@ -74,7 +75,7 @@ async def _silent(control_plane, made, space):
         # The scheduler, which shares the administrator's name, tells of the pods it has no node for.
         seen = {
             record.resource
-            for record in control_plane.audit_records(since=position)
+            for record in control_plane.audit_records(since=position, user="admin")
             if record.namespace == space.name and not record.resource.startswith(("pods", "events.k8s.io"))
         }
         if writes(made) == before:

@@ -91,10 +91,19 @@ def _model(spec: ServingTierSpec, config: OperatorConfig, shape: ModelShape | No
     if shape is None:
         near = near_names(spec.model.name, (known.name for known in models()))
         hint = f" (near names: {', '.join(near)})" if near else ""
+        open_fields = [
+            name
+            for name, given in (
+                ("hardware.accelerators", all(p.spec.hardware.accelerators for p in pools_asked(spec))),
+                ("hardware.tensorParallel", all(p.spec.hardware.tensor_parallel for p in pools_asked(spec))),
+                ("engine.maxModelLen", all(p.spec.engine.max_model_len for p in pools_asked(spec))),
+            )
+            if not given
+        ]
+        mend = f"; set {', '.join(open_fields)} yourself" if open_fields else ""
         yield Problem(
             "spec.model.name",
-            f"{spec.model.name} is not in the catalogue{hint}: whether it fits and meets its SLO is not known;"
-            " set hardware.accelerators, hardware.tensorParallel and engine.maxModelLen yourself",
+            f"{spec.model.name} is not in the catalogue{hint}: whether it fits and meets its SLO is not known{mend}",
             blocking=False,
             reason="ModelUnknown",
         )
