@@ -235,6 +235,67 @@ def test_saturated_engines_correct_a_model_that_promises_too_much():
     assert "what the full engines do" in decision.reason
 
 
+def times(service: float, queue: float, each: int = 100) -> dict[str, Histogram]:
+    """Return E2E and queue times of requests that spend ``service`` seconds in a batch after ``queue`` seconds."""
+    return {
+        "e2e": latencies(TTFT, service + queue, each=each),
+        "queue_time": latencies(TTFT, queue, each=each),
+    }
+
+
+RAMP = times(20.0, 0.05, each=40)
+"""A request of 20 s: a full batch of 75 does 3.75 requests/s, and 10 in the batch do 0.5."""
+
+
+@pytest.mark.parametrize("model", [None, 2.5])
+@pytest.mark.parametrize("waiting", [0, 1])
+def test_one_waiting_request_makes_no_full_engine_of_an_idle_one(model, waiting):
+    """10 of 75 run: capacity is the model's word or unknown, and not what arrives."""
+    facts = pool(1, max_num_seqs=75, rps_per_replica=model)
+    seen = load(1, running=10, waiting=waiting, rate=0.5, **RAMP)
+    assert one(observe(facts, seen, arrivals=0.5)).desired == 1
+
+
+@pytest.mark.parametrize("model", [None, 2.5])
+def test_a_ramp_is_not_taken_for_what_an_engine_can_do(model):
+    """17 of 75 run while load ramps up; a moment's queue changes nothing: 2.2 requests/s need 2 replicas at most."""
+    facts = pool(1, max_num_seqs=75, rps_per_replica=model)
+    seen = load(1, running=17, waiting=9, rate=0.4, **RAMP)
+    assert one(observe(facts, seen, arrivals=2.2)).desired <= 2
+
+
+def test_a_queue_of_a_moment_corrects_no_model_and_one_that_stands_does():
+    facts = pool(2, max_num_seqs=100, rps_per_replica=10.0)
+    moment = load(2, running=16, waiting=40, rate=8.0, **times(2.0, 0.1, each=480))
+    assert (
+        one(observe(facts, moment, arrivals=8.0)).signals["capacity"]
+        == "10/s per replica, the performance model"
+    )
+    stands = load(2, running=16, waiting=40, rate=8.0, **times(2.0, 5.0, each=480))
+    assert "what the full engines do" in one(observe(facts, stands, arrivals=8.0)).signals["capacity"]
+
+
+def test_engines_seen_for_less_than_a_window_lower_the_model_by_half_at_most():
+    facts = pool(2, rps_per_replica=10.0)
+    seen = load(2, running=20, waiting=4, rate=5.0, **times(4.0, 1.0))
+    settled = one(observe(facts, seen, arrivals=8.0))
+    assert settled.signals["capacity"].startswith("2.5/s")
+    fresh = one(observe(replace(facts, settled_seconds=20.0), seen, arrivals=8.0))
+    assert fresh.signals["capacity"].startswith("5/s per replica, half of")
+    ramping = load(2, running=20, waiting=4, rate=2.0, **times(4.0, 1.0))
+    assert (
+        one(observe(facts, ramping, arrivals=8.0)).signals["capacity"].startswith("5/s per replica, half of")
+    )
+
+
+def test_a_full_cache_is_as_full_as_a_full_batch():
+    facts = pool(2, max_num_seqs=100, rps_per_replica=10.0)
+    seen = load(2, running=30, waiting=4, rate=3.75, **times(8.0, 1.0))
+    assert "model" in one(observe(facts, seen, arrivals=3.0)).signals["capacity"]
+    full = replace(seen, kv_usage=Value(0.95))
+    assert one(observe(facts, full, arrivals=3.0)).signals["capacity"].startswith("1.9/s")
+
+
 # --- infeasible -------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +463,47 @@ def test_a_clock_that_was_set_back_does_not_stop_it():
     assert later.decisions[0].desired == 3
 
 
+JUST_SHRUNK = PoolMemory(last_scale_down=to_time(NOW - 5))
+
+
+def test_what_was_just_given_up_is_not_taken_back_at_once():
+    """Requests of the replica that left moved over: readings calm down within the hold, or it comes back after it."""
+    seen = load(1, running=9)
+    held = tier_decision(observe(pool(1), seen, memory=JUST_SHRUNK))
+    assert (held.decisions[0].desired, held.decisions[0].binding) == (1, Binding.HOLD_PENDING)
+    assert "the last scale-down was 5s ago" in held.decisions[0].reason
+    assert one(observe(pool(1), seen, memory=held.memory["pool"]), NOW + 54).desired == 1
+    assert one(observe(pool(1), seen, memory=held.memory["pool"]), NOW + 55).desired == 2
+    quick = pool(1, scaling=PoolScaling(scale_down_hold="10s"))
+    assert one(observe(quick, seen, memory=JUST_SHRUNK), NOW + 5).desired == 2
+
+
+def test_a_rush_right_after_a_scale_down_is_met_at_once():
+    seen = load(1, running=10, waiting=40)
+    assert one(observe(pool(1, rps_per_replica=1.0), seen, arrivals=4.0, memory=JUST_SHRUNK)).desired > 2
+
+
+def test_a_raised_minimum_does_not_wait_for_a_scale_down():
+    facts = pool(1, scaling=PoolScaling(min_replicas=2, max_replicas=9))
+    assert one(observe(facts, load(1, running=9), memory=JUST_SHRUNK)).desired == 2
+
+
+# --- words ------------------------------------------------------------------------------------------------------
+
+
+def test_reasons_tell_times_as_people_do():
+    late = latencies((0.0031, 0.0035, 9.9, math.inf), 0.0033, 8.0, each=50)
+    facts = pool(2, rps_per_replica=1.0)
+    goals = Targets({("ttft", "p99"): 0.0031})
+    seen = load(2, running=Value(10.0, age=0.04), ttft=late)
+    reason = one(observe(facts, seen, targets=goals)).reason
+    assert reason.startswith("p99 TTFT is 9.7s over 1m, the target is 3ms."), reason
+    rate = one(observe(facts, seen, arrivals=Value(9.0, age=0.0099))).reason
+    assert "(seen just now)" in rate
+    older = one(observe(facts, seen, arrivals=Value(9.0, age=2.34))).reason
+    assert "(seen 2.3s ago)" in older
+
+
 # --- bounds -----------------------------------------------------------------------------------------------------
 
 
@@ -567,6 +669,26 @@ def test_unknown_in_one_phase_holds_what_depends_on_it():
     decided = by_pool(observe(phases(4, 4), both(load(4, running=3), blind), memory=memory))
     assert decided["prefill"].desired == 4
     assert decided["decode"].desired == 4
+
+
+def test_requests_that_wait_for_their_kv_cache_call_for_no_decode_engine():
+    """Decode counts a request as waiting while its KV cache is transferred: 26 of 512 run."""
+    calm = load(2, running=9, ttft=QUICK_FIRST)
+    facts = phases(2, 1, max_num_seqs=512)
+    moving = load(1, running=26, waiting=40, kv_usage=Value(0.1), ttft=QUICK_FIRST, **RAMP)
+    assert by_pool(observe(facts, both(calm, moving), tier=Tier.LATENCY))["decode"].desired == 1
+    full = replace(moving, kv_usage=Value(0.95))
+    assert by_pool(observe(facts, both(calm, full), tier=Tier.LATENCY))["decode"].desired > 1
+
+
+def test_prefill_engines_are_full_long_before_their_batch_is():
+    """10 of 128 run: prompts fill the steps. Of the model's 8 requests/s they do 4."""
+    facts = phases(2, 2, max_num_seqs=128, rps_per_replica=8.0)
+    busy = load(2, running=20, waiting=60, rate=8.0, **times(2.5, 4.0, each=480))
+    calm = load(2, running=9, ttft=QUICK_FIRST)
+    decided = by_pool(observe(facts, both(busy, calm), arrivals=8.0))
+    assert decided["prefill"].desired > 2
+    assert decided["prefill"].signals["capacity"] == "4/s per replica, what the full engines do"
 
 
 def test_decode_comes_first_up_and_prefill_first_down():
@@ -746,6 +868,24 @@ def test_nothing_unknown_ever_shrinks(observation):
         else:
             assert not facts.rolling
             assert facts.ready == facts.replicas
+
+
+@many
+@given(observations(), st.floats(0.0, 3600.0))
+def test_what_was_taken_away_is_not_called_back_by_the_same_reading(observation, later):
+    """A pool never shrinks and grows on one reading, however long after: its two rules never contradict."""
+    decided = tier_decision(observation)
+    shrunk = {each.pool: each for each in decided.decisions if 0 < each.desired < each.current}
+    pools = tuple(
+        replace(facts, replicas=shrunk[facts.name].desired, ready=shrunk[facts.name].desired)
+        if facts.name in shrunk and shrunk[facts.name].binding is not Binding.MAX_REPLICAS
+        else facts
+        for facts in observation.pools
+    )
+    again = tier_decision(replace(observation, pools=pools, memory={}), NOW + later)
+    for decision in again.decisions:
+        if decision.pool in shrunk:
+            assert decision.desired <= decision.current, (shrunk[decision.pool], decision)
 
 
 @many

@@ -8,7 +8,8 @@ percentiles of the window. What it promises:
 * Replicas that are on their way count as supply. A need is met once: the backlog that builds up while engines
   start is not met a second time (otherwise feedback with a dead time of minutes winds up to the maximum).
   Pods that cannot be scheduled are neither supply nor a reason to stop deciding.
-* Before a scale-down, one replica fewer must carry today's load with room to spare.
+* Before a scale-down, one replica fewer must carry today's load with room to spare, and must not call for the one that
+  went; for up to a minute after it, only more load than the larger pool carried adds any.
 * Where one request alone already misses its objective, more replicas are futile and none are added.
 * The pools of a disaggregated tier are decided together, and serve or sleep together.
 
@@ -20,10 +21,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
-from servingtiers.api.base import format_duration, parse_duration
+from servingtiers.api.base import parse_duration
 from servingtiers.api.spec import Tier
 from servingtiers.api.status import PoolMemory
 from servingtiers.core.decisions import (
@@ -46,7 +47,7 @@ from servingtiers.core.signals import (
     Zero,
     number,
 )
-from servingtiers.core.times import from_time, to_time
+from servingtiers.core.times import ago, from_time, in_words, to_time
 
 __all__ = ["QUANTILES", "TierManners", "decide", "hold_seconds", "manners"]
 
@@ -67,6 +68,16 @@ _FLAP_SECONDS = 3600.0
 """A scale-up so soon after a scale-down says that the scale-down was too early."""
 _QUIET_SECONDS = 3600.0
 """After such a scale-up nothing shrinks for so long: load that comes and goes keeps what its peaks need."""
+_REGRET_SECONDS = 60.0
+"""For so long at most after a scale-down what was given up is not taken back: readings still tell of the larger pool."""
+_FULL_BATCH = 0.8
+"""Share of a batch from which on requests that wait say that the engine takes no more."""
+_FULL_CACHE = 0.9
+"""The same of the KV cache."""
+_STEADY_SHARE = 0.8
+"""A window tells of full engines where its mean batch was at least this share of the batch of now."""
+_LEAST_OF_MODEL = 0.5
+"""Engines seen for less than a full window are not believed to do less than this share of what the model says."""
 _DEFAULT_IDLE_SECONDS = 900.0
 _UNKNOWN_STARTUP_HOLD = 300.0
 _NO_LIMIT = 1_000_000
@@ -111,7 +122,7 @@ def hold_seconds(pool: PoolFacts, memory: PoolMemory) -> tuple[float, str]:
         return _UNKNOWN_STARTUP_HOLD, "no start-up of an engine seen yet"
     return min(
         max(1.25 * start, 60.0), 300.0
-    ), f"1.25 × the median start-up of {_seconds(start)}, within 60–300 s"
+    ), f"1.25 × the median start-up of {in_words(start)}, within 60–300 s"
 
 
 def decide(observations: tuple[TierObservation, ...], now: float) -> tuple[TierDecision, ...]:
@@ -232,28 +243,81 @@ class _View:
         rate, seconds = self.load.request_rate, self.service_seconds
         return rate.value * seconds if isinstance(rate, Value) and seconds is not None else None
 
+    @property
+    def answered(self) -> int:
+        """Serving replicas that the gauges tell of."""
+        return min(self.load.coverage.answered, self.pool.ready)
+
+    @property
+    def batches_full(self) -> bool:
+        """Whether engines let requests wait because no slot or no KV cache is left.
+
+        One request that waits at the moment of the reading says nothing: every request waits for the next step.
+        """
+        running, waiting = number(self.load.running), number(self.load.waiting)
+        if not running or not waiting or self.answered < 1 or waiting < self.answered:
+            return False
+        cache = number(self.load.kv_usage)
+        slots = self.answered * self.pool.max_num_seqs
+        return (cache is not None and cache >= _FULL_CACHE) or 0 < _FULL_BATCH * slots <= running
+
+    @property
+    def queue_stands(self) -> bool:
+        """Whether more wait than are allowed, over the window too where it is known (Little's law).
+
+        Such engines are full long before their batches are: prompts fill their steps. Decode engines are not, as
+        requests wait there for the transfer of their KV cache, too.
+        """
+        waiting, rate, queue = number(self.load.waiting), self.load.request_rate, self.load.queue_time
+        if waiting is None or self.answered < 1 or self.pool.role is PoolRole.DECODE:
+            return False
+        if isinstance(queue, Histogram) and isinstance(rate, Value) and queue.total >= _ENOUGH_REQUESTS:
+            waiting = min(waiting, rate.value * (queue.mean or 0.0))
+        return waiting > self.waiting_limit * self.answered
+
+    @property
+    def steady(self) -> bool:
+        """Whether the whole window tells of batches like those of now: the load is not just ramping up."""
+        running, mean = number(self.load.running), self.running_mean
+        if running is None or mean is None or not self.settled(self.load.window):
+            return False
+        return mean >= _STEADY_SHARE * running
+
+    @property
+    def awaits_transfer(self) -> bool:
+        """Whether decode engines have slots and cache for what waits: it waits for its KV cache to arrive."""
+        running, cache = number(self.load.running), number(self.load.kv_usage)
+        slots = self.answered * self.pool.max_num_seqs
+        if self.pool.role is not PoolRole.DECODE or running is None or slots <= 0:
+            return False
+        return running < _FULL_BATCH * slots and (cache is None or cache < _FULL_CACHE)
+
     def capacity(self) -> _Capacity | None:
         """Return what one replica carries.
 
-        The performance model's figure, lowered where engines that let requests wait, and so are full, show that they
-        do less; full engines alone give a figure too, others cannot. An engine with ``n`` requests in its batch that
-        each take ``s`` seconds does ``n/s`` requests per second, however short the rush has lasted.
+        The performance model's figure, lowered where full engines show that they do less. An engine with ``n``
+        requests in its batch that each take ``s`` seconds does ``n/s`` requests per second (Little's law). While
+        load ramps up ``n`` is not at its end and ``s`` is known of the short requests only: such a window may lower
+        the model's figure by half at most. Without a model it counts only where batches are full: an ``s`` that is
+        too short then asks for too few replicas, never for too many.
         """
-        measured = None
-        running, waiting = number(self.load.running), number(self.load.waiting)
-        answered = min(self.load.coverage.answered, self.pool.ready)
-        if running and waiting and answered > 0 and waiting >= answered:
-            seconds, rate = self.service_seconds, self.load.request_rate
-            if seconds is not None:
-                measured = running / answered / seconds
-            elif isinstance(rate, Value) and self.settled(self.load.window):
-                measured = rate.value / answered
         model = self.pool.rps_per_replica
-        if model is not None and model > 0 and (not measured or model <= measured):
+        measured = self._measured()
+        if model is None or model <= 0:
+            return _Capacity(measured, "what the full engines do") if measured else None
+        if measured is None or measured >= model:
             return _Capacity(model, "the performance model")
-        if measured:
-            return _Capacity(measured, "what the full engines do")
-        return None
+        if measured < _LEAST_OF_MODEL * model and not self.steady:
+            return _Capacity(_LEAST_OF_MODEL * model, "half of the performance model: the engines are full")
+        return _Capacity(measured, "what the full engines do")
+
+    def _measured(self) -> float | None:
+        """Return what one full engine does, requests per second; None: none is full, or not surely."""
+        running, seconds, full = number(self.load.running), self.service_seconds, self.batches_full
+        if not running or seconds is None or not (full or self.queue_stands):
+            return None
+        sure = full or self.steady or bool(self.pool.rps_per_replica)
+        return running / self.answered / seconds if sure else None
 
 
 # --- one tier ---------------------------------------------------------------------------------------------------
@@ -394,7 +458,7 @@ def _serving(
                 view,
                 0,
                 Binding.IDLE,
-                f"Goes to zero: idle for {_seconds(now - idle.since)} (idleAfter {_seconds(idle.after)});"
+                f"Goes to zero: idle for {in_words(now - idle.since)} (idleAfter {in_words(idle.after)});"
                 f" {idle.evidence}.",
                 "One request to the tier's endpoint wakes it.",
             )
@@ -403,6 +467,10 @@ def _serving(
         return done(_over_the_maximum(view, ceiling, now, acting=acting))
 
     wanted = need.replicas if need is not None else 0
+    if acting and need is not None and current >= floor:
+        regret = _regret(view, need, now)
+        if regret is not None:
+            return done(regret)
     if max(wanted, floor) > current:
         desired = min(max(wanted, floor), ceiling)
         limited = None
@@ -433,6 +501,31 @@ def _serving(
         return done(_decision(view, current, binding, reason, change))
 
     return _shrink(view, obs, now, floor, futile, acting=acting, done=done)
+
+
+def _regret(view: _View, need: _Need, now: float) -> Decision | None:
+    """Return the decision to wait where a need would only take back what has just been given up; None otherwise.
+
+    The readings of now still tell of the larger pool, and of its requests that moved over. A need for more than the
+    larger pool had is news, and is met at once.
+    """
+    current, last = view.pool.replicas, view.memory.last_scale_down
+    if last is None or need.replicas <= current:
+        return None
+    passed = now - from_time(last)
+    patience = min(hold_seconds(view.pool, view.memory)[0], _REGRET_SECONDS)
+    # Steps down are 1 or a tenth of the larger pool.
+    before = current + max(1, math.ceil(current / 9))
+    if not 0 <= passed < patience or need.replicas > before:
+        return None
+    return _decision(
+        view,
+        current,
+        Binding.HOLD_PENDING,
+        f"Holds at {current}: the last scale-down was {ago(passed)}, and readings still tell of the larger pool;"
+        f" {need.reason}",
+        f"The same need in {in_words(patience - passed)}, or one for more than {before} replicas now.",
+    )
 
 
 _EASE = "A longer objective, a faster accelerator or a larger tensorParallel."
@@ -467,10 +560,10 @@ def _shrink(
         return done(_decision(view, current, binding, reason, change), **kept)
 
     if not ripe:
-        left = _seconds(hold - (now - since))
+        left = in_words(hold - (now - since))
         return stay(
             Binding.HOLD_DOWN if futile is None else Binding.INFEASIBLE,
-            f"{fewer}, for {_seconds(now - since)} so far; they go after {_seconds(hold)} ({why})."
+            f"{fewer}, for {in_words(now - since)} so far; they go after {in_words(hold)} ({why})."
             + (f" {futile}" if futile else ""),
             f"{left} more of this load, seen without a gap.",
         )
@@ -479,8 +572,8 @@ def _shrink(
         kept = {"low_since": to_time(now), "low_peak": least}
         return stay(
             Binding.HOLD_DOWN,
-            f"{fewer} now, but {peak} were needed within the last {_seconds(now - since)}.",
-            f"A hold of {_seconds(hold)} without such a peak.",
+            f"{fewer} now, but {peak} were needed within the last {in_words(now - since)}.",
+            f"A hold of {in_words(hold)} without such a peak.",
         )
     if view.pool.terminating:
         return stay(
@@ -494,7 +587,7 @@ def _shrink(
             return stay(
                 Binding.HOLD_DOWN,
                 f"{fewer}, but load came back soon after the last scale-down:"
-                f" nothing shrinks for another {_seconds(quiet - now)}.",
+                f" nothing shrinks for another {in_words(quiet - now)}.",
                 "That time without a scale-up, or a scaleDownHold of your own.",
             )
         pause = _pause(memory, now)
@@ -508,8 +601,8 @@ def _shrink(
             view,
             desired,
             Binding.STEADY if futile is None else Binding.INFEASIBLE,
-            f"{desired} of {current} replicas have sufficed for {_seconds(now - since)}"
-            f" (hold {_seconds(hold)}, {why}): {_describe(view)}.",
+            f"{desired} of {current} replicas have sufficed for {in_words(now - since)}"
+            f" (hold {in_words(hold)}, {why}): {_describe(view)}.",
             _growth(view),
         ),
         **kept,
@@ -566,7 +659,7 @@ def _need_by_rate(view: _View) -> Iterator[_Need]:
     yield _Need(
         _ceil(rate.value / (capacity.rps * share)),
         Binding.FORECAST,
-        f"{_figure(rate.value)} requests/s arrive (seen {_seconds(rate.age)} ago); one replica carries"
+        f"{_figure(rate.value)} requests/s arrive (seen {ago(rate.age)}); one replica carries"
         f" {_figure(capacity.rps)} ({capacity.source}), {share:.0%} of it planned.",
         "Fewer arrivals.",
     )
@@ -587,7 +680,7 @@ def _need_by_occupancy(view: _View) -> Iterator[_Need]:
     yield _Need(
         replicas,
         Binding.QUEUE,
-        f"{_figure(busy)} sequences run (seen {_seconds(running.age)} ago); a replica takes {batch},"
+        f"{_figure(busy)} sequences run (seen {ago(running.age)}); a replica takes {batch},"
         f" {share:.0%} of it planned.",
         "Fewer sequences in flight, or a larger maxNumSeqs.",
     )
@@ -598,7 +691,11 @@ def _need_by_backlog(view: _View) -> Iterator[_Need]:
     ready, limit = view.pool.ready, view.waiting_limit
     if not isinstance(waiting, Value) or ready < 1 or waiting.value <= limit * ready:
         return
-    seen = f"{_figure(waiting.value)} requests wait (seen {_seconds(waiting.age)} ago), {limit} per replica are allowed"
+    if view.awaits_transfer:
+        return
+    seen = (
+        f"{_figure(waiting.value)} requests wait (seen {ago(waiting.age)}), {limit} per replica are allowed"
+    )
     change = "A queue below the limit."
     # What was ordered answers the queue as it is: it may call for more only once that has had its time.
     most = _NO_LIMIT if view.settled(view.load.window) else view.supply
@@ -612,7 +709,7 @@ def _need_by_backlog(view: _View) -> Iterator[_Need]:
             min(full, most),
             Binding.QUEUE,
             f"{seen}; {_figure(rate.value)}/s more arrive, one replica does {_figure(capacity.rps)}/s"
-            f" ({capacity.source}): gone within {_seconds(drain)}.",
+            f" ({capacity.source}): gone within {in_words(drain)}.",
             change,
         )
     elif view.pool.max_num_seqs > 0:
@@ -640,9 +737,9 @@ def _need_by_latency(view: _View) -> Iterator[_Need]:
         yield _Need(
             view.pool.ready + max(1, _ceil(view.pool.ready * excess)),
             Binding[latency.metric.upper()],
-            f"{latency.name} is {_seconds(latency.observed)} over {_seconds(view.load.window)}, the target is"
-            f" {_seconds(latency.target)}.",
-            f"{latency.name} below {_seconds(latency.target)}.",
+            f"{latency.name} is {in_words(latency.observed)} over {in_words(view.load.window)}, the target is"
+            f" {in_words(latency.target)}.",
+            f"{latency.name} below {in_words(latency.target)}.",
         )
 
 
@@ -653,7 +750,7 @@ def _futile(view: _View) -> str | None:
     for latency in view.latencies:
         if latency.missed and latency.observed is not None:
             return (
-                f"{latency.name} is {_seconds(latency.observed)}, above {_seconds(latency.target)}, with one request"
+                f"{latency.name} is {in_words(latency.observed)}, above {in_words(latency.target)}, with one request"
                 " per replica at most and nothing waiting: more replicas would not help."
             )
     return None
@@ -716,6 +813,10 @@ def _shrink_blocker(view: _View, fewer: int, floor: int) -> tuple[Binding, str, 
                 ),
                 f"Fewer than {_figure(carried)} requests/s for a hold.",
             )
+    smaller = replace(view, pool=replace(pool, replicas=fewer, ready=fewer))
+    back = max(_needs(smaller), key=lambda each: each.replicas, default=None)
+    if back is not None and back.replicas > fewer:
+        return Binding.STEADY, f"{fewer} replicas would call for more: {back.reason}", back.would_change
     # Where even a lone request is late, latency is no reason to keep replicas, as long as requests stay alone.
     if view.alone and running <= fewer:
         return None
@@ -725,10 +826,10 @@ def _shrink_blocker(view: _View, fewer: int, floor: int) -> tuple[Binding, str, 
             return (
                 Binding.STEADY,
                 (
-                    f"{latency.name} is {_seconds(latency.observed)}, too near its target of {_seconds(latency.target)}"
+                    f"{latency.name} is {in_words(latency.observed)}, too near its target of {in_words(latency.target)}"
                     " to go on with fewer."
                 ),
-                f"{latency.name} below {_seconds(near)} for a hold.",
+                f"{latency.name} below {in_words(near)} for a hold.",
             )
     return None
 
@@ -855,7 +956,7 @@ def _pause(memory: PoolMemory, now: float) -> str | None:
     passed = now - from_time(memory.last_scale_down)
     # A last scale-down in the future is a clock that was set back: it must not stop us for hours.
     if 0 <= passed < _PACE_SECONDS:
-        return f"the last scale-down was {_seconds(passed)} ago, the next may follow after a minute."
+        return f"the last scale-down was {ago(passed)}, the next may follow after a minute."
     return None
 
 
@@ -902,7 +1003,7 @@ def _signals(view: _View) -> dict[str, str]:
         elif latency.observed is None:
             signals[key] = "no requests"
         else:
-            signals[key] = f"{_seconds(latency.observed)} of {_seconds(latency.target)}"
+            signals[key] = f"{in_words(latency.observed)} of {in_words(latency.target)}"
     return signals
 
 
@@ -915,7 +1016,7 @@ def _describe(view: _View) -> str:
         default=None,
     )
     if worst is not None and worst.observed is not None:
-        parts.append(f"{worst.name} {_seconds(worst.observed)} of {_seconds(worst.target)}")
+        parts.append(f"{worst.name} {in_words(worst.observed)} of {in_words(worst.target)}")
     return ", ".join(parts)
 
 
@@ -925,7 +1026,7 @@ def _growth(view: _View) -> str:
     room = _figure(view.manners.utilization * batch * max(view.pool.ready, 1))
     more = [f"more than {room} running"] if batch else []
     more.append(f"more than {view.waiting_limit * max(view.pool.ready, 1)} waiting")
-    more.extend(f"{latency.name} above {_seconds(latency.target)}" for latency in view.latencies[:2])
+    more.extend(f"{latency.name} above {in_words(latency.target)}" for latency in view.latencies[:2])
     return f"Another replica for {', '.join(more)}."
 
 
@@ -948,12 +1049,6 @@ def _figure(value: float) -> str:
     if value >= 10 or value == int(value):
         return f"{value:.0f}"
     return f"{value:.2g}"
-
-
-def _seconds(seconds: float) -> str:
-    if seconds >= 1:
-        seconds = round(seconds) if seconds >= 10 else round(seconds, 1)
-    return format_duration(max(seconds, 0.0))
 
 
 def _ceil(value: float) -> int:
