@@ -319,6 +319,7 @@ def _effective(seen: TierReport) -> EffectiveStatus:
                 max_num_batched_tokens=pool.settings.max_num_batched_tokens,
                 max_model_len=pool.settings.max_model_len,
                 performance_mode=pool.settings.performance_mode,
+                gpu_memory_utilization_percent=_percent(pool.settings.gpu_memory_utilization),
                 speculative=str(pool.settings.speculative["method"]) if pool.settings.speculative else None,
                 image=pool.settings.image,
                 engine_version=pool.settings.engine_version,
@@ -327,6 +328,10 @@ def _effective(seen: TierReport) -> EffectiveStatus:
             for pool in seen.pools
         ],
     )
+
+
+def _percent(share: float | None) -> int | None:
+    return None if share is None else round(100 * share)
 
 
 # -- figures ---------------------------------------------------------------------------------------------------

@@ -133,12 +133,26 @@ def test_a_restart_loses_no_counted_request():
 
 
 def test_what_was_open_stays_open_after_a_restart():
-    """Status holds the requests that certainly met the target; the others may have."""
-    source = histogram(0.2, 0.4, each=400)
+    """And no wider: status holds both ends of what the buckets allow."""
+    source = histogram(0.2, 0.4, 0.9, each=400)
     before = add(tally(target=0.3), source, elapsed=60)
     written = report((before,), {"ttft.p99": count(source, 0.3)})
     (after,) = restore(written, Targets({("ttft", "p99"): 0.3}), NOW)
     assert (after.bins[0].good, after.bins[0].possible) == (400, 800)
+    assert after == before
+
+
+@pytest.mark.parametrize(("target", "most"), [(0.3, 1200), (0.5, 800)])
+def test_hours_that_do_not_say_how_many_can_have_met_the_target_are_read_with_care(target, most):
+    """Written before status held it: on a bucket edge nothing is open, elsewhere everything."""
+    source = histogram(0.2, 0.4, 0.9, each=400)
+    before = add(tally(target=target), source, elapsed=60)
+    (written,) = report((before,), {"ttft.p99": count(source, target)})
+    old = written.model_copy(
+        update={"hours": [each.model_copy(update={"good_most": None}) for each in written.hours]}
+    )
+    (after,) = restore((old,), Targets({("ttft", "p99"): target}), NOW)
+    assert after.bins[0].possible == most
 
 
 def test_counts_of_another_target_are_dropped():
@@ -186,7 +200,28 @@ def test_status_says_which_target_the_buckets_judge_exactly():
 def test_a_bound_over_two_engines_says_so():
     measured = {"ttft.p99": count_disaggregated(histogram(0.2, each=9), histogram(0.2, each=9), 0.5)}
     (status,) = report((tally(),), measured)
-    assert "prefill E2E + decode" in status.resolution
+    assert "at least so many, from prefill E2E + decode" in status.resolution
+    assert status.observed == "100ms–500ms"
+
+
+@given(latencies, st.sampled_from([0.5, 0.9, 0.99]))
+def test_the_time_in_two_engines_is_told_as_an_interval_that_holds_for_every_pairing(pairs, q):
+    name = {0.5: "p50", 0.9: "p90", 0.99: "p99"}[q]
+    found = count_disaggregated(
+        histogram(*(first for first, _ in pairs)), histogram(*(second for _, second in pairs)), 1.0
+    )
+    (status,) = report((tally(percentile=name, target=1.0),), {f"ttft.{name}": found})
+    sums = sorted(first + second for first, second in pairs)
+    truth = sums[max(math.ceil(q * len(sums)) - 1, 0)]
+    above = status.observed.removeprefix("above ")
+    low, _, high = above.partition("–")
+
+    def seconds(text: str) -> float:
+        return float(text[:-2]) / 1e3 if text.endswith("ms") else float(text.removesuffix("s"))
+
+    assert seconds(low) <= truth + 0.05
+    if high:
+        assert truth <= seconds(high) + 0.05
 
 
 def test_counters_are_written_on_traffic_and_not_too_often():

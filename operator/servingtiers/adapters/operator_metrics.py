@@ -42,9 +42,9 @@ class ObjectiveGauges:
     """As in the status: ``ttft.p99``."""
     target_seconds: float
     attainment: float | None = None
-    """Share of the window's requests within the target, 0 to 1."""
+    """Share of the window's requests that were certainly within the target, 0 to 1: a lower bound."""
     error_budget_left: float | None = None
-    """Share of the allowed misses that is left; negative when overspent."""
+    """Share of the allowed misses that is left at least; negative when overspent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +111,12 @@ _GAUGES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     ),
     "servingtiers_slo_target_seconds": ("The objective's target.", _OBJECTIVE),
     "servingtiers_slo_attainment_ratio": (
-        "Share of the SLO window's requests within the target.",
+        "Share of the SLO window's requests that were certainly within the target: at least so many were, more may"
+        " have been where buckets, or times of two engines, tell no more.",
         _OBJECTIVE,
     ),
     "servingtiers_slo_error_budget_left_ratio": (
-        "Share of the allowed misses of the SLO window that is left; negative when overspent.",
+        "Share of the allowed misses of the SLO window that is left at least; negative when overspent.",
         _OBJECTIVE,
     ),
     "servingtiers_cost_per_hour": ("Price of the tier's accelerators.", (*_TIER, "currency")),

@@ -89,6 +89,8 @@ class EffectivePool(_Part):
     """Longest prompt plus output, tokens."""
     performance_mode: ShortText | None = None
     """vLLM's `--performance-mode`."""
+    gpu_memory_utilization_percent: int | None = None
+    """Share of the accelerator's memory that vLLM may use."""
     speculative: ShortText | None = None
     """Speculative decoding in use."""
     image: Annotated[str, Field(max_length=512)]
@@ -192,7 +194,9 @@ class HourCount(_Part):
     total: int
     """Requests."""
     good: int
-    """Requests within the target."""
+    """Requests that were certainly within the target."""
+    good_most: int | None = None
+    """Most requests that can have been within the target: more than `good` where the target is no bucket edge."""
 
 
 class ObjectiveStatus(_Part):

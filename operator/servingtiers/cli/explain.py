@@ -196,13 +196,13 @@ def _pool_settings(pool: EffectivePool) -> Iterator[str]:
     shown = pool.model_dump(
         by_alias=True, exclude={"name", "image", "engine_version", "reasons"}, exclude_none=True
     )
-    width = max(map(len, shown))
+    width = max(map(len, shown | pool.reasons))
     for field, value in shown.items():
         reason = pool.reasons.get(field)
         yield f"    {field:<{width}}  {value}" + (f"  ({reason})" if reason else "")
     for field, reason in pool.reasons.items():
         if field not in shown:
-            yield f"    {field:<{width}}  ({reason})"
+            yield f"    {field:<{width}}  not set  ({reason})"
 
 
 def _pools(status: ServingTierStatus) -> Iterator[str]:
@@ -235,10 +235,18 @@ def _objectives(status: ServingTierStatus) -> Iterator[str]:
 def _objective(each: ObjectiveStatus) -> str:
     text = f"{each.objective} within {each.target}: now {each.observed or 'not measured'}"
     if each.attainment_percent is not None:
-        text += f"; met by {each.attainment_percent} % over the window"
+        text += f"; met by {_percent(each.attainment_percent)} over the window"
     if each.error_budget_left_percent is not None:
-        text += f", {each.error_budget_left_percent} % of the error budget left"
+        text += f", {_percent(each.error_budget_left_percent)} of the error budget left"
     return text
+
+
+def _percent(text: str) -> str:
+    """Return a percentage of the status; where it is an interval, what is proved comes first."""
+    least, _, most = text.partition("–")
+    if not most:
+        return f"{text} %"
+    return f"at least {least} %" + ("" if float(most) >= 100 else f" and at most {most} %")
 
 
 def _cost(status: ServingTierStatus) -> Iterator[str]:

@@ -6,7 +6,7 @@ error is that of the window's own extrapolation; a tick that comes later than a 
 window only, what ended before it was not seen.
 
 Buckets say how many requests met a target only where the target is a bucket edge. Elsewhere the count is an
-interval, and so is attainment. Of hours that were read back from status only the lower end is known.
+interval, and so is attainment; status keeps both ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from servingtiers.api.status import HourCount, ObjectiveStatus
 from servingtiers.core.decisions import Targets
 from servingtiers.core.findings import SloVerdict
 from servingtiers.core.signals import Distribution, Histogram, Unknown, Zero
-from servingtiers.core.times import from_time, to_time
+from servingtiers.core.times import from_time, in_words, to_time
 
 __all__ = [
     "WRITE_SECONDS",
@@ -105,6 +105,8 @@ class Measured:
     """None where the source is Unknown."""
     note: str = ""
     """What limits the precision beyond the buckets."""
+    before: Histogram | None = None
+    """The engines that every request passed before those of ``source``; None: there are none."""
 
 
 # --- counting ---------------------------------------------------------------------------------------------------
@@ -135,7 +137,9 @@ def count_disaggregated(prefill: Distribution, decode: Distribution, target: flo
         decode: TTFT (or E2E) of the decode engines.
         target: Seconds.
     """
-    note = "bound from prefill E2E + decode: requests are not paired across engines"
+    note = (
+        "a lower bound, at least so many, from prefill E2E + decode: requests are not paired across engines"
+    )
     if isinstance(prefill, Unknown):
         return Measured(prefill, None, note)
     if isinstance(decode, Unknown):
@@ -156,14 +160,14 @@ def count_disaggregated(prefill: Distribution, decode: Distribution, target: flo
     )
     total = decode.total
     least = total * max(0.0, 1.0 - worst)
-    return Measured(decode, Count(total, least, max(least, total * best)), note)
+    return Measured(decode, Count(total, least, max(least, total * best)), note, prefill)
 
 
 def restore(status: Iterable[ObjectiveStatus], targets: Targets, now: float) -> tuple[Tally, ...]:
     """Return the tallies that a status holds for the objectives in force.
 
-    Counts of another target say nothing of this one and are dropped. Only requests that certainly met the target
-    are in status; whether the others did is open.
+    Counts of another target say nothing of this one and are dropped. An hour that does not say how many can have
+    met the target was written before status knew: there the others are open, unless the target is a bucket edge.
     """
     known = {entry.objective: entry for entry in status}
     tallies = []
@@ -173,7 +177,6 @@ def restore(status: Iterable[ObjectiveStatus], targets: Targets, now: float) -> 
         tally = Tally(metric, percentile, seconds)
         entry = known.get(tally.objective)
         if entry is not None and entry.target == format_duration(seconds):
-            # Where the target is a bucket edge the status says "exact", and nothing is open.
             exact = _EXACT in (entry.resolution or "")
             bins = tuple(
                 Bin(
@@ -181,13 +184,19 @@ def restore(status: Iterable[ObjectiveStatus], targets: Targets, now: float) -> 
                     _HOUR,
                     float(hour.total),
                     float(hour.good),
-                    float(hour.good if exact else hour.total),
+                    float(_most(hour, exact=exact)),
                 )
                 for hour in entry.hours
             )
             tally = replace(tally, bins=_fold(bins, now))
         tallies.append(tally)
     return tuple(tallies)
+
+
+def _most(hour: HourCount, *, exact: bool) -> int:
+    if hour.good_most is not None:
+        return min(max(hour.good_most, hour.good), hour.total)
+    return hour.good if exact else hour.total
 
 
 def update(
@@ -273,16 +282,14 @@ def _status(tally: Tally, found: Measured | None) -> ObjectiveStatus:
         attainment_percent=attainment,
         error_budget_left_percent=budget,
         resolution=_resolution(tally, found),
-        hours=[
-            HourCount(
-                hour=to_time(each.start),
-                total=round(each.total),
-                good=min(round(each.good), round(each.total)),
-            )
-            for each in tally.bins
-            if round(each.total) > 0
-        ][-160:],
+        hours=[_hour(each) for each in tally.bins if round(each.total) > 0][-160:],
     )
+
+
+def _hour(each: Bin) -> HourCount:
+    total = round(each.total)
+    good, most = min(round(each.good), total), min(round(each.possible), total)
+    return HourCount(hour=to_time(each.start), total=total, good=good, good_most=max(good, most))
 
 
 def _totals(tally: Tally) -> tuple[float, float, float]:
@@ -305,12 +312,44 @@ def _observed(tally: Tally, found: Measured | None) -> str | None:
         case Zero():
             return "no requests"
         case Histogram() as histogram:
-            interval = histogram.quantile(_QUANTILES[tally.percentile])
+            q = _QUANTILES[tally.percentile]
+            interval = (
+                _bounds(histogram, q) if found.before is None else _sum_bounds(found.before, histogram, q)
+            )
             if interval is None:
                 return "no requests"
-            if interval.high == float("inf"):
-                return f"above {format_duration(interval.low)}"
-            return f"{format_duration(interval.low)}–{format_duration(interval.high)}"
+            low, high = interval
+            if high == float("inf"):
+                return f"above {in_words(low)}"
+            return f"{in_words(low)}–{in_words(high)}"
+
+
+def _bounds(histogram: Histogram, q: float) -> tuple[float, float] | None:
+    interval = histogram.quantile(q)
+    return (interval.low, interval.high) if interval else None
+
+
+def _sum_bounds(first: Histogram, second: Histogram, q: float) -> tuple[float, float] | None:
+    """Return what two engines' buckets say of the ``q`` quantile of the time that requests spend in both.
+
+    A sum is no less than either part. And where ``misses_1(a) + misses_2(b) <= 1 - q``, at least ``q`` of the
+    requests are done within ``a + b`` whatever the pairing (union bound).
+    """
+    one, two = _bounds(first, q), _bounds(second, q)
+    if one is None or two is None:
+        return None
+    # Shares of counts are floats: 1 - 0.99 - 0.01 is no miss.
+    allowed = 1.0 - q + 1e-9
+    high = min(
+        (
+            a + b
+            for a, below in zip(first.bounds, first.counts, strict=True)
+            for b, under in zip(second.bounds, second.counts, strict=True)
+            if (1.0 - below / first.total) + (1.0 - under / second.total) <= allowed
+        ),
+        default=float("inf"),
+    )
+    return max(one[0], two[0]), high
 
 
 def _resolution(tally: Tally, found: Measured | None) -> str | None:
