@@ -22,6 +22,7 @@ __all__ = [
     "WEIGHT_BYTES",
     "LatentAttention",
     "ModelShape",
+    "bundled",
     "model",
     "model_from_config",
     "models",
@@ -240,6 +241,11 @@ def models() -> tuple[ModelShape, ...]:
     return tuple(shape for shape, _ in _document())
 
 
+def bundled(name: str) -> ModelShape | None:
+    """Return a bundled shape by Hugging Face id or alias; None where there is none. No file is looked at."""
+    return _by_name().get(name.strip().lower())
+
+
 def model(name: str) -> ModelShape:
     """Return a model's shape by Hugging Face id, or by the path of a ``config.json`` or its folder.
 
@@ -247,7 +253,7 @@ def model(name: str) -> ModelShape:
         UnknownNameError: No bundled shape has this name and there is no such file.
         CatalogError: The file is no usable ``config.json``.
     """
-    found = _by_name().get(name.strip().lower())
+    found = bundled(name)
     if found is not None:
         return found
     path = Path(name)
