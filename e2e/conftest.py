@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import prometheus as monitoring
 from harness.kind import KindCluster
 from harness.kube import Kube, wait_for
 from harness.product import Product
@@ -43,7 +44,7 @@ def cluster(request: pytest.FixtureRequest) -> Cluster | KindCluster:
         found = Cluster(places)
         found.up()
         images = Images(places, rebuild=not request.config.getoption("--any-build"))
-        for make in (images.base, images.operator, images.engine, images.router, images.prometheus):
+        for make in (images.base, images.operator, images.engine, images.router):
             image = make()
             if image.seconds:
                 programs.say(f"image {image.name}: {image.size_mib:.0f} MiB, built in {image.seconds:.0f} s")
@@ -81,12 +82,20 @@ def room(request: pytest.FixtureRequest, cluster: Cluster | KindCluster, kube: K
     if os.environ.get("KEEP"):
         return
     kube.run("delete", "servingtiers", "--all", "--ignore-not-found", check=False)
-    wait_for("tiers' Deployments gone", 60, lambda: not kube.list("deployments", "servingtiers.io/tier"))
+    wait_for("tiers' Deployments gone", 60, lambda: not kube.listed("deployments", "servingtiers.io/tier"))
     # Engines drain for as long as they may; nobody asks anything of them any more.
     kube.run(
         "delete", "pods", "--selector=servingtiers.io/tier", "--grace-period=1", "--wait=false", check=False
     )
-    wait_for("tiers' pods gone", 90, lambda: not kube.list("pods", "servingtiers.io/tier"))
+    wait_for("tiers' pods gone", 90, lambda: not kube.listed("pods", "servingtiers.io/tier"))
+
+
+@pytest.fixture(scope="session")
+def prometheus(cluster: Cluster | KindCluster, kube: Kube) -> monitoring.Prometheus:
+    """Install Prometheus."""
+    if isinstance(cluster, Cluster):
+        Images(cluster.places).prometheus()
+    return monitoring.install(kube, built.PROMETHEUS)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -95,6 +104,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     if report.when == "call":
         item.stash[_FAILED] = report.failed
+    if report.failed:
+        # The next scenario may take minutes: say now what went wrong.
+        programs.say(f"{item.name} failed: {report.longreprtext[-1500:]}")
     return report
 
 

@@ -34,7 +34,7 @@ class KindCluster:
 
     def up(self) -> None:
         """Make the cluster, or find it, and give it the RuntimeClass that tiers name."""
-        import pytest_kind
+        import pytest_kind  # type: ignore[import-not-found]
 
         self.places.state.mkdir(parents=True, exist_ok=True)
         self._kind = pytest_kind.KindCluster("servingtiers-e2e")

@@ -95,7 +95,7 @@ class Kube:
         found: dict[str, Any] = json.loads(self.run("get", kind, name, "-o=json", namespace=namespace))
         return found
 
-    def list(self, kind: str, selector: str = "", namespace: str | None = None) -> list[dict[str, Any]]:
+    def listed(self, kind: str, selector: str = "", namespace: str | None = None) -> list[dict[str, Any]]:
         """Return the objects of a kind."""
         found: list[dict[str, Any]] = json.loads(
             self.run("get", kind, "-o=json", f"--selector={selector}", namespace=namespace)
@@ -119,7 +119,7 @@ class Kube:
         """Return the pods that are not on their way out."""
         return [
             pod
-            for pod in self.list("pods", selector, namespace)
+            for pod in self.listed("pods", selector, namespace)
             if "deletionTimestamp" not in pod["metadata"]
         ]
 

@@ -138,7 +138,7 @@ class Prometheus:
     def stop(self) -> None:
         """Take Prometheus away."""
         self.kube.run("scale", "deployment/prometheus", "--replicas=0", namespace=NAMESPACE)
-        wait_for("Prometheus gone", 60, lambda: not self.kube.list("pods", "", NAMESPACE))
+        wait_for("Prometheus gone", 60, lambda: not self.kube.listed("pods", "", NAMESPACE))
 
     def start(self) -> None:
         """Bring it back, empty."""

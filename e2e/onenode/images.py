@@ -33,7 +33,7 @@ BASE = "localhost/python:3.11-bookworm"
 OPERATOR = "localhost/servingtiers/operator:e2e"
 ENGINE = "localhost/servingtiers/vllm-cpu:v0.32.0"
 ROUTER = "localhost/servingtiers/vllm-router:v0.1.17"
-PROMETHEUS = "localhost/prometheus:2"
+PROMETHEUS = "localhost/prometheus:3"
 
 _SUITE = "bookworm"
 _PACKAGES = ("python3", "python3-venv", "python3-pip", "ca-certificates", "libnuma1")
@@ -245,28 +245,18 @@ class Images:
             )
 
     def prometheus(self) -> Image:
-        """Build an image of Debian's Prometheus."""
-        program = shutil.which("prometheus")
-        if program is None:
-            raise programs.ProgramsError("prometheus is not installed: apt-get install prometheus")
-        with tempfile.TemporaryDirectory(dir=self._folder) as scratch:
-            context = Path(scratch)
-            shutil.copy2(program, context / "prometheus")
-            shutil.copyfile(_FILES / "prometheus.Dockerfile", context / "Dockerfile")
-            key = self._key(BASE, str(Path(program).stat().st_size), files=[_FILES / "prometheus.Dockerfile"])
-            return self._build(
-                PROMETHEUS,
-                key,
-                [
-                    "bud",
-                    "--tag",
-                    PROMETHEUS,
-                    "--build-arg",
-                    f"BASE_IMAGE={BASE}",
-                    "--pull=false",
-                    str(context),
-                ],
-            )
+        """Build an image of Prometheus with Kubernetes' discovery, which Debian's package lacks."""
+        folder = programs.prometheus(self._places)
+        files = [_FILES / "prometheus.Dockerfile"]
+        key = self._key(BASE, folder.name, files=files)
+        return self._build(
+            PROMETHEUS,
+            key,
+            [
+                *("bud", "--tag", PROMETHEUS, "--build-arg", f"BASE_IMAGE={BASE}", "--pull=false"),
+                *("-f", str(files[0]), str(folder)),
+            ],
+        )
 
 
 def model(places: Places) -> Path:

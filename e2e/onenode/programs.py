@@ -42,6 +42,8 @@ __all__ = [
 
 COREDNS_VERSION = "v1.15.0"
 HELM_VERSION = "v3.22.0"
+PROMETHEUS_VERSION = "v0.316.0"
+"""Module version of Prometheus 3.16."""
 ENGINE_REQUIREMENTS = Path(__file__).parent / "requirements" / "engine.txt"
 
 _NAME_ENGINE = Path(__file__).parent.parent / "images" / "name_engine.py"
@@ -54,7 +56,6 @@ _PACKAGES = {
     "socat": "socat",
     "buildah": "buildah",
     "debootstrap": "debootstrap",
-    "prometheus": "prometheus",
     "gcc": "gcc",
     "nsenter": "util-linux",
     "ip": "iproute2",
@@ -161,9 +162,9 @@ def _build_node_programs(to: Path) -> None:
     )
 
 
-def _go_install(package: str, to: Path) -> None:
+def _go_install(package: str, to: Path, *tags: str) -> None:
     run_with_progress(
-        [_go(), "install", "-v", "-trimpath", "-ldflags", "-s -w", package],
+        [_go(), "install", "-v", "-trimpath", f"-tags={','.join(tags)}", "-ldflags", "-s -w", package],
         progress=say,
         doing=f"building {package}",
         cwd=to,
@@ -208,6 +209,19 @@ def helm() -> Path:
         lambda to: _go_install(f"helm.sh/helm/v3/cmd/helm@{HELM_VERSION}", to),
     )
     return folder / "helm"
+
+
+def prometheus(places: Places) -> Path:
+    """Return the folder of Prometheus, built with no discovery but Kubernetes'."""
+    return _made(
+        places.cache / f"prometheus-{PROMETHEUS_VERSION}",
+        "Prometheus",
+        lambda to: _go_install(
+            f"github.com/prometheus/prometheus/cmd/prometheus@{PROMETHEUS_VERSION}",
+            to,
+            *("remove_all_sd", "enable_kubernetes_sd", "netgo"),
+        ),
+    )
 
 
 # --- Python programs --------------------------------------------------------------------------------------------

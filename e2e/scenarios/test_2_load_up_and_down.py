@@ -9,11 +9,9 @@ import math
 import os
 import time
 
-from harness import prometheus as monitoring
 from harness.kube import pod_ready, wait_for
 from harness.tiers import tier
 from harness.traffic import Traffic
-from onenode import images as built
 from onenode import programs
 
 ACCELERATORS = 3
@@ -53,9 +51,8 @@ async def _bench(places, url, *, rate, requests, output):
 
 
 async def test_replicas_follow_the_load_and_wait_for_accelerators_and_nobody_notices(
-    product, kube, cluster, figures
+    product, prometheus, kube, cluster, figures
 ):
-    prometheus = monitoring.install(kube, built.PROMETHEUS)
     cluster.set_accelerators(ACCELERATORS)
     kube.apply(
         tier(
@@ -115,7 +112,7 @@ async def test_replicas_follow_the_load_and_wait_for_accelerators_and_nobody_not
 
         def down():
             sizes.append(kube.get("deployment", "chat-pool")["spec"]["replicas"])
-            return sizes[-1] == 1 and len(kube.list("pods", "servingtiers.io/pool=pool")) == 1
+            return sizes[-1] == 1 and len(kube.listed("pods", "servingtiers.io/pool=pool")) == 1
 
         shrunk = await asyncio.to_thread(wait_for, "one engine again", 420, down)
         del begun_down

@@ -100,7 +100,9 @@ async def test_a_prefill_engine_that_goes_gives_up_its_kv_first(product, kube, f
             120,
             lambda: (
                 leaving
-                not in [pod["metadata"]["name"] for pod in kube.list("pods", "servingtiers.io/pool=prefill")]
+                not in [
+                    pod["metadata"]["name"] for pod in kube.listed("pods", "servingtiers.io/pool=prefill")
+                ]
             ),
         )
         await asyncio.sleep(max(0.0, 20 - (time.monotonic() - begun)))

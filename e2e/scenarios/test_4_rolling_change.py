@@ -26,7 +26,7 @@ async def test_a_rollout_without_a_free_accelerator_breaks_no_stream(product, ku
 
     def rolled():
         nonlocal most
-        pods = kube.list("pods", "servingtiers.io/pool=pool,servingtiers.io/tier=chat")
+        pods = kube.listed("pods", "servingtiers.io/pool=pool,servingtiers.io/tier=chat")
         most = max(most, len([pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]))
         new = [pod for pod in pods if pod["metadata"]["uid"] not in old]
         return len(pods) == 2 and len(new) == 2 and all(pod_ready(pod) for pod in new)

@@ -31,7 +31,7 @@ async def test_recommend_shows_and_does_not_act_and_external_leaves_replicas_to_
 
     def wanted():
         pools = kube.get("servingtier", "watched").get("status", {}).get("pools", [])
-        return pools and pools[0].get("desired", 1) > 1
+        return pools and pools[0].get("recommended", 1) > 1
 
     async with traffic.running():
         shown = await asyncio.to_thread(wait_for, "a recommendation to grow", 120, wanted)
@@ -61,7 +61,7 @@ async def test_a_tier_at_zero_wakes_with_the_first_request(product, kube, figure
             wait_for,
             "no engine left",
             240,
-            lambda: _replicas(kube, "rare") == 0 and not kube.list("pods", "servingtiers.io/pool=pool"),
+            lambda: _replicas(kube, "rare") == 0 and not kube.listed("pods", "servingtiers.io/pool=pool"),
         )
         assert all(pod_ready(pod) for pod in kube.routers("rare"))
         # What the client sees: an answer at once that says so, and it asks again.

@@ -39,7 +39,7 @@ async def test_an_upgrade_restarts_no_engine_and_tiers_outlive_the_operator(prod
     gone = wait_for(
         "everything of the tier gone",
         60,
-        lambda: not kube.list(_OWNED, "servingtiers.io/tier=chat"),
+        lambda: not kube.listed(_OWNED, "servingtiers.io/tier=chat"),
     )
     left = kube.run("get", _OWNED, "--selector=app.kubernetes.io/instance=servingtiers", "-o=name")
     product.install()
