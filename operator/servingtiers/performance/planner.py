@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BATCH_LIMITS",
     "FRONT_END_MS",
+    "LINK_GB_S",
     "TAIL_MARGIN",
     "Choice",
     "Constraints",
@@ -45,9 +46,17 @@ __all__ = [
     "PoolChoice",
     "Rejection",
     "Role",
+    "budget_for_gap",
+    "busiest",
     "curve",
     "default_limits",
+    "engine_curve",
+    "held_values",
+    "largest_rate",
     "plan",
+    "round_up",
+    "share_of",
+    "transfer_ms",
 ]
 
 TAIL_MARGIN = 1.4
@@ -59,6 +68,8 @@ tokenizers do about a million tokens a second. In closed loop what matters more 
 client's next request misses the step composed when its last one was answered."""
 BATCH_LIMITS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """``max-num-seqs`` that are tried."""
+LINK_GB_S = 25.0
+"""Rate at which a KV cache moves between engines of different nodes, 10⁹ bytes/s: a 200 Gbit/s link."""
 _LOADS = (1e-4, 0.06, 0.15, 0.3, 0.45, 0.6, 0.72, 0.82, 0.9, 0.95)
 """Points of a curve, as shares of the rate an engine sustains; the first is an idle engine."""
 
@@ -148,8 +159,8 @@ class Constraints:
     spare: int = 1
     """Replicas of each pool beyond what the load needs: N+1."""
     tail_margin: float = TAIL_MARGIN
-    link_gb_s: float = 25.0
-    """Rate at which a KV cache moves between engines of different nodes, 10⁹ bytes/s (a 200 Gbit/s link)."""
+    link_gb_s: float = LINK_GB_S
+    """Rate at which a KV cache moves between engines of different nodes, 10⁹ bytes/s."""
 
     def allows(self, role: Role, accelerator: Accelerator) -> bool:
         """Whether a pool of a role may run on an accelerator."""
@@ -226,7 +237,7 @@ class Choice:
     cost_per_million_output: float
     cost_per_million_tokens: float
     """Prompt and output tokens together."""
-    link_gb_s: float = 25.0
+    link_gb_s: float = LINK_GB_S
     """Rate at which KV caches move between its pools, 10⁹ bytes/s."""
     confirmed: bool = False
     """The event simulation keeps the objectives at this load, too."""
@@ -352,24 +363,49 @@ def _traffic(demand: Demand, role: Role, rate: float) -> Traffic:
     return traffic
 
 
-@lru_cache(maxsize=4096)
 def curve(option: Option, role: Role, demand: Demand, link_gb_s: float) -> Curve:
     """Return an option's latencies over its rate; the demand's rate is disregarded.
 
     The curve ends where the engine saturates.
 
+    Args:
+        option: The replica.
+        role: What it does.
+        demand: The mix of lengths.
+        link_gb_s: Rate at which a KV cache comes to a decode engine, 10⁹ bytes/s.
+
     Raises:
         CatalogError: The model does not fit, or the parallelism is impossible.
         OutOfHullError: Nothing near was ever measured.
     """
-    model = option.step_model()
-    limits = EngineLimits(option.max_num_seqs, option.max_num_batched_tokens)
     transfer = 0.0
     if role is Role.DECODE:
-        transfer = demand.prompt_tokens * option.model.kv_bytes_per_token(option.kv_dtype) / (link_gb_s * 1e6)
-    # Where the engine saturates: utilisation is the load as a share of what it sustains.
-    probe = predict(model, _traffic(demand, role, 1e-3), limits)
-    largest = 1e-3 / max(probe.utilisation, 1e-12)
+        transfer = transfer_ms(option.model, option.kv_dtype, demand.prompt_tokens, link_gb_s)
+    limits = EngineLimits(option.max_num_seqs, option.max_num_batched_tokens)
+    return engine_curve(option.step_model(), limits, role, demand, transfer)
+
+
+def transfer_ms(model: ModelShape, kv_dtype: str, prompt_tokens: float, link_gb_s: float) -> float:
+    """Return the time to move a prompt's KV cache over a link of so many 10⁹ bytes/s, ms."""
+    return prompt_tokens * model.kv_bytes_per_token(kv_dtype) / (link_gb_s * 1e6)
+
+
+@lru_cache(maxsize=4096)
+def engine_curve(
+    model: GridStepModel, limits: EngineLimits, role: Role, demand: Demand, transfer: float = 0.0
+) -> Curve:
+    """Return one engine's latencies over its rate, up to where it saturates.
+
+    About eleven calls of the analytic path, remembered by arguments: the operator asks on every pass.
+
+    Args:
+        model: Its step model.
+        limits: Its limits.
+        role: What it does.
+        demand: The mix of lengths; the rate is disregarded.
+        transfer: Time to fetch a prompt's KV cache, ms; part of a decode engine's TTFT.
+    """
+    largest = _sustained(model, limits, role, demand)
     rates: list[float] = []
     points: list[Prediction] = []
     for load in _LOADS:
@@ -381,31 +417,51 @@ def curve(option: Option, role: Role, demand: Demand, link_gb_s: float) -> Curve
     return Curve(tuple(rates), tuple(points), transfer)
 
 
+def _sustained(model: GridStepModel, limits: EngineLimits, role: Role, demand: Demand) -> float:
+    """Return where an engine saturates, requests per second: utilisation is the load as a share of it."""
+    probe = predict(model, _traffic(demand, role, 1e-3), limits)
+    return 1e-3 / max(probe.utilisation, 1e-12)
+
+
+@lru_cache(maxsize=16384)
+def busiest(model: GridStepModel, limits: EngineLimits, role: Role, demand: Demand) -> Prediction:
+    """Return an engine at the end of its curve, where its batch is as good as full."""
+    largest = _sustained(model, limits, role, demand)
+    return predict(model, _traffic(demand, role, _LOADS[-1] * largest), limits)
+
+
 def _margined(objective: Objective, margin: float) -> float:
     """What a predicted latency is multiplied by before it is held against an objective."""
     return margin if objective.metric is Metric.TTFT and objective.percentile in {"p99", "p999"} else 1.0
 
 
-def _largest_rate(
-    found: Curve, objectives: Sequence[Objective], margin: float, offset: Mapping[Metric, float] | None = None
-) -> tuple[float, str]:
-    """The largest rate at which every objective is met, and the objective that binds; 0 where even idle misses."""
+def largest_rate(found: Curve, objectives: Sequence[Objective], margin: float) -> tuple[float, str]:
+    """The largest rate at which every objective is met, and the objective that binds; 0 where even idle misses.
+
+    Args:
+        found: The replica's curve.
+        objectives: All of them hold.
+        margin: Factor on predicted tails of TTFT; see :data:`TAIL_MARGIN`.
+    """
     if not found.rates:
         return 0.0, "KV cache"
     best, binding = found.rates[-1], "throughput"
     for objective in objectives:
-        values = found.values(objective.metric, objective.percentile)
-        factor = _margined(objective, margin)
-        extra = (offset or {}).get(objective.metric, 0.0)
-        tail = 0.0
-        if objective.metric is Metric.E2E and objective.percentile in {"p99", "p999"}:
-            tail = margin - 1.0
-        first = found.values(Metric.TTFT, objective.percentile) if tail else [0.0] * len(values)
-        held = [value * factor + tail * start + extra for value, start in zip(values, first, strict=True)]
-        rate = _crossing(found.rates, held, objective.target_ms)
+        rate = _crossing(found.rates, held_values(found, objective, margin), objective.target_ms)
         if rate < best:
             best, binding = rate, str(objective)
     return best, binding
+
+
+def held_values(found: Curve, objective: Objective, margin: float) -> list[float]:
+    """Return what is held against an objective's target at each rate of a curve, margin included, ms."""
+    values = found.values(objective.metric, objective.percentile)
+    factor = _margined(objective, margin)
+    tail = 0.0
+    if objective.metric is Metric.E2E and objective.percentile in {"p99", "p999"}:
+        tail = margin - 1.0
+    first = found.values(Metric.TTFT, objective.percentile) if tail else [0.0] * len(values)
+    return [value * factor + tail * start for value, start in zip(values, first, strict=True)]
 
 
 def _crossing(rates: Sequence[float], values: Sequence[float], target: float) -> float:
@@ -532,18 +588,31 @@ def _with_small_steps(option: Option, demand: Demand, gap_ms: float) -> Option:
         steps = option.step_model()
     except CatalogError:
         return option  # it is refused with its reason where it is sized
+    budget = budget_for_gap(steps, demand, gap_ms, option.max_num_batched_tokens, option.max_num_seqs)
+    return replace(option, max_num_batched_tokens=budget)
+
+
+@lru_cache(maxsize=1024)
+def budget_for_gap(steps: GridStepModel, demand: Demand, gap_ms: float, most: int, max_num_seqs: int) -> int:
+    """Return the largest token budget whose full step is no longer than a gap between two tokens may be.
+
+    Args:
+        steps: Step model of the engine.
+        demand: The mix of lengths.
+        gap_ms: The tightest objective on ITL, ms.
+        most: The largest budget that may be chosen.
+        max_num_seqs: The batch limit, which a budget is never below.
+    """
     context = demand.prompt_tokens + demand.output_tokens / 2.0
-    for budget in (16384, 8192, 4096, 2048, 1024, 512):
-        if budget > option.max_num_batched_tokens:
+    beside = min(32, max_num_seqs)
+    for budget in (16384, 8192, 4096, 2048, 1024):
+        if budget > most:
             continue
-        beside = min(32, option.max_num_seqs)
         prompt = min(budget - beside, demand.prompt_tokens * (1.0 - demand.prefix_hit_rate) * 8)
-        if (
-            steps.grid.step_ms(prompt, prompt * demand.prompt_tokens / 2.0, beside, beside * context)
-            <= gap_ms
-        ):
-            return replace(option, max_num_batched_tokens=max(budget, option.max_num_seqs))
-    return replace(option, max_num_batched_tokens=max(512, option.max_num_seqs))
+        pairs = prompt * demand.prompt_tokens / 2.0
+        if steps.grid.step_ms(prompt, pairs, beside, beside * context) <= gap_ms:
+            return max(budget, max_num_seqs)
+    return max(min(512, most), max_num_seqs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -585,10 +654,14 @@ def _of_model(
                 else:
                     choices.append(_aggregated(worth, demand, constraints))
             if disaggregated and constraints.allows(Role.DECODE, option.accelerator):
-                worth = _best_batch(option, Role.DECODE, shape, _decode_share(objectives), constraints)
+                worth = _best_batch(
+                    option, Role.DECODE, shape, share_of(Role.DECODE, objectives), constraints
+                )
                 decoders += [worth] if worth else []
             if disaggregated and constraints.allows(Role.PREFILL, option.accelerator):
-                worth = _best_batch(option, Role.PREFILL, shape, _prefill_share(objectives), constraints)
+                worth = _best_batch(
+                    option, Role.PREFILL, shape, share_of(Role.PREFILL, objectives), constraints
+                )
                 prefills += [worth] if worth else []
         except (CatalogError, OutOfHullError) as error:
             rejections.append(Rejection(what, str(error)))
@@ -603,15 +676,18 @@ def _of_model(
     return choices, rejections
 
 
-def _decode_share(objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
-    """What of the objectives a decode pool must keep: a quarter of TTFT, all of the rest."""
-    return tuple(
-        replace(o, target_ms=o.target_ms / 4.0) if o.metric is Metric.TTFT else o for o in objectives
-    )
+def share_of(role: Role, objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
+    """Return what of the objectives a pool must keep.
 
-
-def _prefill_share(objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
-    """What a prefill pool must keep: three quarters of TTFT, half of an end-to-end objective."""
+    A prefill pool keeps three quarters of TTFT and half of an end-to-end objective, a decode pool a quarter of TTFT
+    and all of the rest; an aggregated pool everything.
+    """
+    if role is Role.AGGREGATED:
+        return objectives
+    if role is Role.DECODE:
+        return tuple(
+            replace(o, target_ms=o.target_ms / 4.0) if o.metric is Metric.TTFT else o for o in objectives
+        )
     share = {Metric.TTFT: 0.75, Metric.E2E: 0.5}
     return tuple(
         Objective(Metric.TTFT, o.percentile, o.target_ms * share[o.metric])
@@ -629,7 +705,7 @@ def _best_batch(
     def worth(batch: int) -> tuple[_Worth, float]:
         tried = replace(option, max_num_seqs=batch)
         found = curve(tried, role, shape, constraints.link_gb_s)
-        rate, binding = _largest_rate(found, objectives, constraints.tail_margin)
+        rate, binding = largest_rate(found, objectives, constraints.tail_margin)
         return _Worth(tried, role, rate, binding), _batch_at(found, rate)
 
     best, mean_batch = worth(largest)
@@ -886,7 +962,7 @@ def _nearest(
         loosened = tuple(
             o
             if reach[o] <= o.target_ms and factor < 1.5
-            else replace(o, target_ms=max(_round_up(reach[o] * factor), o.target_ms))
+            else replace(o, target_ms=max(round_up(reach[o] * factor), o.target_ms))
             for o in objectives
         )
         if any(math.isinf(o.target_ms) for o in loosened):
@@ -904,7 +980,7 @@ def _nearest(
     return (), None
 
 
-def _round_up(ms: float) -> float:
+def round_up(ms: float) -> float:
     """Up to two significant digits."""
     if not math.isfinite(ms):
         return ms

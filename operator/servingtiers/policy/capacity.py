@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from servingtiers.api.base import format_duration
 from servingtiers.api.spec import ServingTierSpec
 from servingtiers.api.status import PlanStatus
 from servingtiers.catalog.accelerators import accelerator
+from servingtiers.catalog.models import ModelShape
 from servingtiers.catalog.names import CatalogError
 from servingtiers.core.decisions import PoolRole, Targets
 from servingtiers.core.effective import PoolSettings, TierSettings
 from servingtiers.core.findings import Feasibility
 from servingtiers.core.signals import TierLoad
-from servingtiers.performance.select import step_model
+from servingtiers.performance.planner import LINK_GB_S, default_limits, duration, transfer_ms
+from servingtiers.performance.steps import OutOfHullError
 from servingtiers.policy import sizing
 
 __all__ = ["Judgement", "judge"]
@@ -36,8 +37,9 @@ def judge(
 ) -> Judgement:
     """Return what the performance model says of the pools with the settings they have.
 
-    A replica's capacity is the rate of an engine whose batch is always full, or of the largest batch that still
-    meets the objectives. Bursts and queueing are the controller's business: it plans with a part of it only.
+    A replica's capacity is the planner's: the largest rate at which it keeps the objectives under Poisson arrivals,
+    tails with their margin. Where even an idle replica misses an objective, it is sized for the nearest that can be
+    kept: no number of replicas would do more.
 
     Args:
         spec: The tier.
@@ -56,47 +58,42 @@ def judge(
                 f"{spec.model.name} is not in the catalogue: whether the objectives can be met is not known",
             ),
         )
-    rates: dict[str, float] = {}
-    broken: list[str] = []
+    found: dict[str, sizing.Carried] = {}
     bands: list[float] = []
     sources: list[str] = []
+    broken: list[str] = []
+    doubtful: list[str] = []
     known_lengths = True
     for pool in settings.pools:
         asked = sizing.lengths(spec)
+        seen = asked
         if load is not None and pool.name in load.pools and pool.role is not PoolRole.PREFILL:
-            asked = sizing.lengths_seen(load.pools[pool.name], asked)
-        known_lengths = known_lengths and asked.given
+            seen = sizing.lengths_seen(load.pools[pool.name], asked)
+        known_lengths = known_lengths and seen.given
+        demand = sizing.demand_of(seen, rounded=seen is not asked)
         try:
-            step = step_model(
-                shape,
-                accelerator(pool.accelerator),
-                tensor_parallel=pool.tensor_parallel,
-                weights=pool.weights,
-                kv_dtype="fp8" if pool.kv_cache_dtype == "fp8" else "bf16",
-                memory_utilization=pool.gpu_memory_utilization or 0.9,
+            engine = _engine(shape, pool, demand.prompt_tokens)
+            carried = sizing.carried(engine, demand, sizing.objectives_of(goals, pool.role))
+            context = demand.prompt_tokens + demand.output_tokens / 2.0
+            prompt = min(
+                demand.prompt_tokens * (1.0 - demand.prefix_hit_rate), engine.limits.max_num_batched_tokens
             )
-        except CatalogError as error:
+            band = engine.step.band_percent(
+                0.0 if pool.role is PoolRole.DECODE else prompt,
+                0.0 if pool.role is PoolRole.PREFILL else max(carried.load, 1.0),
+                context,
+            )
+        except (CatalogError, OutOfHullError) as error:
             return Judgement({}, None, Feasibility(None, "NotModelled", str(error)))
-        bands.append(step.source.band_percent)
-        sources.append(f"{pool.name}: {step.source.kind.value}, {step.source.detail}")
-        held = max(1, int(step.kv_capacity_tokens / (asked.prompt + asked.output)))
-        batch = min(pool.max_num_seqs, held)
-        one = sizing.full_engine(step, 1, asked, pool.max_num_batched_tokens, pool.role)
-        # Inside the model's band a verdict of "impossible" would be a guess.
-        missed = sizing.meets(one, goals, asked, pool.role, 1.0 / (1.0 + step.source.band_percent / 100.0))
-        if missed is not None:
-            broken.append(_broken(pool, missed, one, goals))
-        while batch > 1 and sizing.meets(
-            sizing.full_engine(step, batch, asked, pool.max_num_batched_tokens, pool.role),
-            goals,
-            asked,
-            pool.role,
-            1.0,
-        ):
-            batch = batch * 7 // 8
-        if asked.given:
-            full = sizing.full_engine(step, batch, asked, pool.max_num_batched_tokens, pool.role)
-            rates[pool.name] = full.requests_per_second
+        bands.append(band)
+        sources.append(f"{pool.name}: {engine.step.source.kind.value}, {engine.step.source.detail}")
+        for miss in carried.missed:
+            # Inside the model's band a verdict of "impossible" would be a guess.
+            sure = miss.idle_ms / (1.0 + band / 100.0) > miss.objective.target_ms
+            (broken if sure else doubtful).append(_said(pool, miss))
+        if seen.given and carried.requests_per_second > 0.0:
+            found[pool.name] = carried
+    rates = {name: carried.requests_per_second for name, carried in found.items()}
     narrowest = min(rates, key=lambda name: rates[name], default=None)
     wanted = (
         float(spec.workload.requests_per_second)
@@ -106,33 +103,54 @@ def judge(
     plan = PlanStatus(
         requests_per_second_per_replica=f"{rates[narrowest]:.3g}" if narrowest is not None else None,
         replicas_for_workload=(
-            sum(math.ceil(wanted / rate) for rate in rates.values()) if wanted > 0 and rates else None
+            sum(math.ceil(wanted / rate - 1e-6) for rate in rates.values()) if wanted > 0 and rates else None
         ),
         band_percent=round(max(bands, default=0.0)),
         source="; ".join(sources)[:1024],
-        binding=narrowest if len(rates) > 1 else None,
+        binding=f"{narrowest}: {found[narrowest].binding}"[:1024] if narrowest is not None else None,
     )
-    return Judgement(rates, plan, _feasibility(goals, broken, known_lengths=known_lengths))
+    return Judgement(rates, plan, _feasibility(goals, broken, doubtful, known_lengths=known_lengths))
 
 
-def _broken(pool: PoolSettings, missed: str, one: sizing.FullEngine, goals: Targets) -> str:
-    metric, percentile = missed.split(".")
-    takes = one.ttft if metric == "ttft" else one.tpot
-    target = format_duration(goals.seconds[metric, percentile])
-    what = "it" if metric == "e2e" else format_duration(takes)
-    said = "cannot be met" if metric == "e2e" else f"takes {what}"
-    return f"one request alone on {pool.accelerator} × {pool.tensor_parallel}: {missed} of {target} {said}"
+def _engine(shape: ModelShape, pool: PoolSettings, prompt_tokens: float) -> sizing.Engine:
+    """Return a pool's engine as the performance model sees it.
+
+    Raises:
+        CatalogError: It cannot be modelled.
+    """
+    gpu = accelerator(pool.accelerator)
+    kv_dtype = "fp8" if pool.kv_cache_dtype == "fp8" else "bf16"
+    step = sizing.engine_of(
+        shape, gpu, pool.tensor_parallel, pool.weights, kv_dtype, pool.gpu_memory_utilization or 0.9
+    )
+    moved = transfer_ms(shape, kv_dtype, prompt_tokens, LINK_GB_S) if pool.role is PoolRole.DECODE else 0.0
+    budget = pool.max_num_batched_tokens or default_limits(gpu)[1]
+    return sizing.Engine(step, pool.max_num_seqs, budget, pool.role, moved)
 
 
-def _feasibility(goals: Targets, broken: list[str], *, known_lengths: bool) -> Feasibility:
+def _said(pool: PoolSettings, miss: sizing.Missed) -> str:
+    share = "" if pool.role is PoolRole.AGGREGATED else f" as the {pool.name} pool's share"
+    return (
+        f"idle, {pool.tensor_parallel} x {pool.accelerator} takes {duration(miss.idle_ms)} where "
+        f"{miss.objective}{share} is asked for (nearest feasible: {duration(miss.nearest.target_ms)})"
+    )
+
+
+def _feasibility(
+    goals: Targets, broken: list[str], doubtful: list[str], *, known_lengths: bool
+) -> Feasibility:
     if not goals.seconds:
         return Feasibility(feasible=True, reason="NoObjective", message=goals.reason)
-    if broken:
-        mend = "lengthen the objective, allow a faster accelerator or raise tensorParallel"
-        return Feasibility(feasible=False, reason="OneRequestMisses", message=f"{'; '.join(broken)}: {mend}")
     note = "" if known_lengths else " (lengths are assumed: give spec.workload to be sure)"
+    mend = "lengthen the objective, allow a faster accelerator or raise tensorParallel"
+    if broken:
+        said = f"{'; '.join(broken)}; replicas are sized for what can be kept: {mend}{note}"
+        return Feasibility(feasible=False, reason="OneRequestMisses", message=said)
+    if doubtful:
+        said = f"{'; '.join(doubtful)}: too near to tell, within the model's error and its margin for tails: {mend}{note}"
+        return Feasibility(feasible=None, reason="TooNearToTell", message=said)
     return Feasibility(
         feasible=True,
         reason="Predicted",
-        message=f"one replica meets the objectives with the batch it has, or a smaller one{note}",
+        message=f"one replica meets the objectives up to the load it is planned for{note}",
     )

@@ -3,8 +3,9 @@
 | | Latency | Balanced | Throughput |
 |---|---|---|---|
 | batch, no objective of the user's own | 4 | 16 | 128 |
-| batch, with one | the largest that meets it | … | … |
+| batch, with one | the largest whose full engine keeps its pace | … | … |
 | step budget | small | middle | large |
+| step budget, with an objective on ITL | none that holds a token up for longer | … | … |
 | parallelism | may exceed what memory needs | what memory needs | what memory needs |
 
 The choice is made when a spec changes and pinned on the children; it is not a control loop.
@@ -41,7 +42,8 @@ from servingtiers.core.effective import (
     engine_version,
     pools_asked,
 )
-from servingtiers.performance.select import step_model
+from servingtiers.performance.planner import LINK_GB_S, Demand, Metric, Objective, budget_for_gap, transfer_ms
+from servingtiers.performance.steps import GridStepModel
 from servingtiers.policy import sizing
 
 __all__ = ["NoChoiceError", "choose", "price_of", "targets"]
@@ -60,9 +62,6 @@ _DEFAULT_BATCH = {Tier.LATENCY: 4, Tier.BALANCED: 16, Tier.THROUGHPUT: 128}
 _LARGEST_BATCH = {Tier.LATENCY: 256, Tier.BALANCED: 256, Tier.THROUGHPUT: 512}
 _PERFORMANCE_MODE = {Tier.LATENCY: "interactivity", Tier.BALANCED: "balanced", Tier.THROUGHPUT: "throughput"}
 _BUDGET = {Tier.LATENCY: 2048, Tier.BALANCED: 4096, Tier.THROUGHPUT: 16_384}
-_TAIL = 1.25
-"""A full engine's mean must stay below the objective by this factor: its p99 lies above its mean. Measured tails are
-about 1.3 × simulated ones even for steady arrivals; a tier is full only at its peaks."""
 
 
 def targets(spec: ServingTierSpec) -> Targets:
@@ -148,9 +147,13 @@ class _Candidate:
     """Of one replica for one hour."""
     batch: int
     batch_reason: str
+    budget: int
+    """Tokens of one step."""
+    budget_reason: str
     meets: bool | None
-    """Whether a full engine meets the objectives; None: not known."""
-    full: sizing.FullEngine | None
+    """Whether it meets the objectives at any load; None: not known."""
+    carried: sizing.Carried | None
+    """What one replica carries within them."""
     replicas: int | None
     """For the arrival rate of the workload hint; None where none is given."""
     by_work: bool
@@ -158,8 +161,8 @@ class _Candidate:
 
     @property
     def cost(self) -> Decimal:
-        if self.replicas is None and self.by_work and self.full is not None:
-            return self.price / Decimal(str(self.full.requests_per_second))
+        if self.replicas is None and self.by_work and self.carried is not None:
+            return self.price / Decimal(str(self.carried.requests_per_second))
         return self.price * (self.replicas or 1)
 
 
@@ -195,9 +198,7 @@ def _pool(
 
     weights = sizing.weights_of(spec, engine, chosen.accelerator)
     reasons["weights"] = weights.reason
-    budget, reasons["maxNumBatchedTokens"] = _budget(spec.tier, asked.role, chosen.accelerator, chosen.batch)
-    if engine.max_num_batched_tokens is not None:
-        budget, reasons["maxNumBatchedTokens"] = engine.max_num_batched_tokens, "given"
+    budget, reasons["maxNumBatchedTokens"] = chosen.budget, chosen.budget_reason
     length, reasons["maxModelLen"] = _max_model_len(spec, engine, shape, chosen, weights.weights)
     mode = _PERFORMANCE_MODE[spec.tier]
     reasons["performanceMode"] = f"the {spec.tier} tier's"
@@ -330,76 +331,116 @@ def _candidate(
     price = price_of(found.key, binding)[0] * size
     by_work = spec.tier is Tier.THROUGHPUT
     engine = asked.spec.engine
-    fallback = engine.max_num_seqs or _DEFAULT_BATCH[spec.tier]
-    plain = "given" if engine.max_num_seqs else f"the {spec.tier} tier's"
+    batch = engine.max_num_seqs or _DEFAULT_BATCH[spec.tier]
+    reason = "given" if engine.max_num_seqs else f"the {spec.tier} tier's"
+    step: GridStepModel | None = None
     if shape is None:
-        reason = f"{plain}; the model is not in the catalogue"
-        return _Candidate(found, binding, size, price, fallback, reason, None, None, None, by_work)
-    weights = sizing.weights_of(spec, engine, found).weights
-    try:
-        step = step_model(
-            shape,
-            found,
-            tensor_parallel=size,
-            weights=weights,
-            kv_dtype=sizing.kv_dtype(engine),
-            memory_utilization=sizing.memory_share(engine),
-        )
-    except CatalogError as error:
-        reason = f"{plain}; not modelled: {error}"
-        return _Candidate(found, binding, size, price, fallback, reason, None, None, None, by_work)
+        reason += "; the model is not in the catalogue"
+    else:
+        weights = sizing.weights_of(spec, engine, found).weights
+        kv_dtype = sizing.kv_dtype(engine)
+        try:
+            step = sizing.engine_of(shape, found, size, weights, kv_dtype, sizing.memory_share(engine))
+        except CatalogError as error:
+            reason += f"; not modelled: {error}"
+    if step is None or shape is None:
+        budget, why = _budget(spec.tier, asked, found, batch)
+        return _Candidate(found, binding, size, price, batch, reason, budget, why, None, None, None, by_work)
 
     lengths = sizing.lengths(spec)
-    room = sizing.room(shape, found, size, weights, engine)
-    held = max(1, int(room / (lengths.prompt + lengths.output)))
+    demand = sizing.demand_of(lengths)
+    objectives = sizing.objectives_of(goals, asked.role)
+    held = max(1, int(step.kv_capacity_tokens / (lengths.prompt + lengths.output)))
+    moved = 0.0
+    if asked.role is PoolRole.DECODE:
+        moved = transfer_ms(shape, kv_dtype, demand.prompt_tokens, LINK_GB_S)
 
-    def full(batch: int) -> sizing.FullEngine:
-        budget = engine.max_num_batched_tokens or _budget(spec.tier, asked.role, found, batch)[0]
-        return sizing.full_engine(step, batch, lengths, budget, asked.role)
+    def engine_with(seqs: int) -> tuple[sizing.Engine, str]:
+        budget, why = _budget(spec.tier, asked, found, seqs, step, demand, objectives)
+        return sizing.Engine(step, seqs, budget, asked.role, moved), why
 
-    def fits(batch: int) -> bool:
-        return sizing.meets(full(batch), goals, lengths, asked.role, _TAIL) is None
-
-    batch, reason = fallback, plain
     if engine.max_num_seqs is None:
         if spec.slo is not None and goals.seconds and asked.role is not PoolRole.PREFILL:
+            most = min(_LARGEST_BATCH[spec.tier], held)
             batch, reason = _largest_batch(
-                fits, min(_LARGEST_BATCH[spec.tier], held), goals, step.source.detail
+                lambda seqs, wanted: sizing.keeps_its_pace(engine_with(seqs)[0], demand, wanted),
+                most,
+                (objectives, sizing.reachable(engine_with(most)[0], demand, objectives)),
+                goals,
+                step.source.detail,
             )
         elif batch > held:
+            reason = f"as many requests of this length as the KV cache holds ({reason} is {batch})"
             batch = held
-            reason = f"as many requests of this length as the KV cache holds (the {spec.tier} tier's is {fallback})"
-    result = full(batch)
-    meets = sizing.meets(result, goals, lengths, asked.role, _TAIL) is None
+    running, why = engine_with(batch)
+    result = sizing.carried(running, demand, objectives)
     replicas = None
     rate = (
         float(spec.workload.requests_per_second)
         if spec.workload and spec.workload.requests_per_second
         else 0.0
     )
+    if result.requests_per_second <= 0.0:
+        return _Candidate(
+            found, binding, size, price, batch, f"{reason}; {result.binding}",
+            running.max_num_batched_tokens, why, None, None, None, by_work,
+        )  # fmt: skip
     if rate > 0:
         replicas = max(1, -int(-rate / result.requests_per_second // 1))
-    return _Candidate(found, binding, size, price, batch, reason, meets, result, replicas, by_work)
+    return _Candidate(
+        found,
+        binding,
+        size,
+        price,
+        batch,
+        reason,
+        running.max_num_batched_tokens,
+        why,
+        not result.missed,
+        result,
+        replicas,
+        by_work,
+    )
 
 
-def _largest_batch(fits: Callable[[int], bool], most: int, goals: Targets, source: str) -> tuple[int, str]:
-    """Return the largest batch at which a full engine meets the objectives; 1 where none does."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle - 1
-    wanted = ", ".join(
+def _largest_batch(
+    fits: Callable[[int, tuple[Objective, ...]], bool],
+    most: int,
+    wanted: tuple[tuple[Objective, ...], tuple[Objective, ...]],
+    goals: Targets,
+    source: str,
+) -> tuple[int, str]:
+    """Return the largest batch at which a full engine keeps its pace.
+
+    Args:
+        fits: Whether a batch does, for some objectives.
+        most: The largest batch there may be.
+        wanted: The objectives, and what of them can be reached: where not even a batch of 1 keeps the first, the
+            batch is for the second, lest a replica serve one request at a time and miss them all the same.
+        goals: The objectives as the user knows them.
+        source: Where the step times come from.
+    """
+    said = ", ".join(
         f"{metric.upper()} {percentile} ≤ {format_duration(seconds)}"
         for (metric, percentile), seconds in sorted(goals.seconds.items())
     )
-    if low == 0:
-        return 1, f"not even a batch of 1 meets {wanted} ({source})"
+    asked, can_be_kept = wanted
+    hopeless = not fits(1, asked)
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle, can_be_kept if hopeless else asked):
+            low = middle
+        else:
+            high = middle - 1
+    if hopeless:
+        return (
+            low,
+            f"not even a batch of 1 meets {said}; the largest near what an idle engine takes ({source})",
+        )
     if low == most:
-        return low, f"the KV cache or the tier's range allows no more; meets {wanted} ({source})"
-    return low, f"the largest batch that meets {wanted} with a full engine ({source})"
+        return low, f"the KV cache or the tier's range allows no more; meets {said} ({source})"
+    return low, f"the largest batch that meets {said} with a full engine ({source})"
 
 
 def _cheapest(candidates: list[_Candidate]) -> _Candidate:
@@ -412,9 +453,9 @@ def _cheapest(candidates: list[_Candidate]) -> _Candidate:
         rank = {True: 0, None: 0, False: 1}[each.meets]
         if rank:
             # Nothing meets the objectives: speed comes before price.
-            slowness = each.full.tpot + each.full.ttft if each.full else 0.0
+            slowness = each.carried.idle_ms if each.carried else 0.0
             return (1, Decimal(0), slowness, each.accelerator.key, each.tensor_parallel)
-        capacity = -each.full.requests_per_second if each.full else 0.0
+        capacity = -each.carried.requests_per_second if each.carried else 0.0
         return (0, each.cost, capacity, each.accelerator.key, each.tensor_parallel)
 
     return min(candidates, key=key)
@@ -439,7 +480,7 @@ def _accelerator_reason(
     elif chosen.meets is None:
         text = f"the cheapest of {', '.join(keys)} ({price})"
     else:
-        text = f"none of {', '.join(keys)} meets the SLO with a full engine; this one comes nearest ({price})"
+        text = f"none of {', '.join(keys)} meets the SLO; this one comes nearest ({price})"
     if shortage - set(keys):
         text += f"; {', '.join(sorted(shortage - set(keys)))} could not be scheduled"
     return text
@@ -462,16 +503,34 @@ def _parallel_reason(
     return f"the smallest at which {spec.model.name} and its KV cache fit {chosen.accelerator.key}"
 
 
-def _budget(tier: Tier, role: PoolRole, found: Accelerator, batch: int) -> tuple[int, str]:
+def _budget(
+    tier: Tier,
+    asked: PoolAsked,
+    found: Accelerator,
+    batch: int,
+    step: GridStepModel | None = None,
+    demand: Demand | None = None,
+    objectives: tuple[Objective, ...] = (),
+) -> tuple[int, str]:
     """Return the token budget of one step: the less, the less a prompt delays those who decode."""
+    given = asked.spec.engine.max_num_batched_tokens
+    if given is not None:
+        return given, "given"
     budget, reason = _BUDGET[tier], f"the {tier} tier's"
-    if role is PoolRole.PREFILL:
+    if asked.role is PoolRole.PREFILL:
         budget, reason = 16_384, "large: nobody decodes beside the prompts"
-    elif role is PoolRole.DECODE:
+    elif asked.role is PoolRole.DECODE:
         budget, reason = 2048, "small: prompts come as KV cache, only recomputed ones are fed"
     # vLLM's own default for accelerators below 70 GiB is 2,048: activations of large steps do not fit.
     if found.memory_gib < 70 and budget > 8192:
         budget, reason = 8192, f"{reason}, as far as {found.memory_gib:.0f} GiB allow"
+    gap = min(
+        (each for each in objectives if each.metric is Metric.ITL), key=lambda o: o.target_ms, default=None
+    )
+    if gap is not None and step is not None and demand is not None:
+        small = budget_for_gap(step, demand, gap.target_ms, budget, batch)
+        if small < budget:
+            budget, reason = small, f"the largest step within {gap}"
     if budget < batch:
         budget, reason = batch, "one token for every sequence of the batch"
     return budget, reason

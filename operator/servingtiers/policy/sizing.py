@@ -1,33 +1,64 @@
-"""What fits where, and what a full engine does: the ground that problems and presets stand on."""
+"""What fits where, and what one replica carries: the ground that problems, presets and capacity stand on.
+
+What a replica carries is the planner's answer (:mod:`servingtiers.performance.planner`): the largest rate at which
+the analytic path keeps every objective. ``servingtiers plan`` and the operator therefore say the same.
+"""
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from servingtiers.api.spec import EngineSpec, KvCacheDtype, Quantization, ServingTierSpec, Tier, TokenLengths
 from servingtiers.catalog.accelerators import Accelerator, accelerator
-from servingtiers.catalog.models import ModelShape
-from servingtiers.catalog.models import model as bundled_model
-from servingtiers.catalog.names import CatalogError, UnknownNameError
+from servingtiers.catalog.models import ModelShape, bundled
+from servingtiers.catalog.names import UnknownNameError
 from servingtiers.core.config import AcceleratorBinding, OperatorConfig
 from servingtiers.core.decisions import PoolRole, Targets
 from servingtiers.core.signals import Histogram, Load, number
-from servingtiers.performance.select import DoesNotFitError, kv_capacity_tokens
-from servingtiers.performance.steps import StepModel
+from servingtiers.performance.analytic import EngineLimits
+from servingtiers.performance.host import with_host_time
+from servingtiers.performance.planner import (
+    TAIL_MARGIN,
+    Curve,
+    Demand,
+    Metric,
+    Objective,
+    Role,
+    busiest,
+    engine_curve,
+    held_values,
+    largest_rate,
+    round_up,
+    share_of,
+)
+from servingtiers.performance.select import DoesNotFitError, kv_capacity_tokens, step_model
+from servingtiers.performance.steps import GridStepModel, StepModel
+from servingtiers.performance.workload import length_cv_from_p95
 
 __all__ = [
+    "Carried",
+    "Engine",
     "FullEngine",
     "Lengths",
+    "Missed",
     "WeightChoice",
     "bound",
+    "carried",
+    "demand_of",
+    "engine_of",
     "full_engine",
+    "keeps_its_pace",
     "kv_dtype",
     "lengths",
     "lengths_seen",
     "meets",
     "memory_share",
+    "objectives_of",
     "parallelisms",
+    "reachable",
     "room",
     "shape_of",
     "smallest_fit",
@@ -69,6 +100,50 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True)
+class Engine:
+    """One engine as the performance model sees it: everything that :func:`carried` depends on but the traffic."""
+
+    step: GridStepModel
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    role: PoolRole
+    transfer_ms: float = 0.0
+    """Time to fetch a prompt's KV cache, of a decode engine."""
+
+    @property
+    def limits(self) -> EngineLimits:
+        """Its limits, as the analytic path takes them."""
+        return EngineLimits(self.max_num_seqs, max(self.max_num_batched_tokens, self.max_num_seqs))
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """An objective that even an idle engine misses."""
+
+    objective: Objective
+    """The pool's share of it."""
+    idle_ms: float
+    """What an idle engine takes, without a margin."""
+    nearest: Objective
+    """The nearest that it can keep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What one replica carries."""
+
+    requests_per_second: float
+    """Within the objectives; where even an idle engine misses one, within the nearest that can be kept."""
+    binding: str
+    """The objective or limit that sets it."""
+    missed: tuple[Missed, ...]
+    idle_ms: float
+    """A request of two tokens on the idle engine: how slow it is."""
+    load: float
+    """Sequences decoding at that rate, on average."""
+
+
+@dataclass(frozen=True, slots=True)
 class FullEngine:
     """An engine whose batch is always full: the slowest and busiest it gets."""
 
@@ -80,11 +155,11 @@ class FullEngine:
 
 
 def shape_of(name: str) -> ModelShape | None:
-    """Return the shape of a model of the catalogue; None where it is unknown."""
-    try:
-        return bundled_model(name)
-    except CatalogError:
-        return None
+    """Return the shape of a model of the catalogue; None where it is unknown.
+
+    A tier's model name is a user's word: it never names a file of the operator's.
+    """
+    return bundled(name)
 
 
 def bound(config: OperatorConfig) -> dict[str, AcceleratorBinding]:
@@ -245,6 +320,152 @@ def smallest_fit(
         ),
         None,
     )
+
+
+_ROLES = {
+    PoolRole.AGGREGATED: Role.AGGREGATED,
+    PoolRole.PREFILL: Role.PREFILL,
+    PoolRole.DECODE: Role.DECODE,
+}
+_REACHABLE = 1.5
+"""Where even an idle engine misses an objective, replicas are sized for this many times what it takes. The nearest
+objective that can be kept is an idle engine's; a fleet sized for that would chase the impossible with idle engines."""
+
+
+def objectives_of(goals: Targets, role: PoolRole) -> tuple[Objective, ...]:
+    """Return the objectives as the planner takes them, as far as a pool has to keep them."""
+    asked = tuple(
+        Objective(Metric(metric), percentile, 1e3 * seconds)
+        for (metric, percentile), seconds in sorted(goals.seconds.items())
+    )
+    return share_of(_ROLES[role], asked)
+
+
+def demand_of(asked: Lengths, *, rounded: bool = False) -> Demand:
+    """Return a mix of lengths as the planner takes it, at one request per second.
+
+    Args:
+        asked: The lengths.
+        rounded: Round to 3 %: lengths seen live differ on every pass, and what was computed is found again.
+    """
+
+    def near(tokens: float) -> float:
+        tokens = max(tokens, 1.0)
+        return max(round(math.exp(round(math.log(tokens) / 0.03) * 0.03), 1), 1.0) if rounded else tokens
+
+    def spread(mean: float, p95: float) -> float:
+        return round(length_cv_from_p95(mean, p95), 1 if rounded else 6)
+
+    return Demand(
+        rate=1.0,
+        prompt_tokens=near(asked.prompt),
+        output_tokens=near(asked.output),
+        prompt_cv=spread(asked.prompt, asked.prompt_p95),
+        output_cv=spread(asked.output, asked.output_p95),
+        prefix_hit_rate=round(asked.prefix_hit, 2),
+    )
+
+
+@lru_cache(maxsize=2048)
+def engine_of(
+    shape: ModelShape,
+    found: Accelerator,
+    tensor_parallel: int,
+    weights: str,
+    kv_type: str,
+    memory_utilization: float,
+) -> GridStepModel:
+    """Return the step model of one replica, with the host's time in it as the planner has it.
+
+    Raises:
+        CatalogError: A data type is unknown, or the parallelism is impossible.
+        DoesNotFitError: The weights leave no room for a KV cache.
+    """
+    return with_host_time(
+        step_model(
+            shape,
+            found,
+            tensor_parallel=tensor_parallel,
+            weights=weights,
+            kv_dtype=kv_type,
+            memory_utilization=memory_utilization,
+        )
+    )
+
+
+@lru_cache(maxsize=8192)
+def carried(engine: Engine, demand: Demand, objectives: tuple[Objective, ...]) -> Carried:
+    """Return what one replica carries: the planner's answer for an engine that is given.
+
+    Args:
+        engine: The engine.
+        demand: The mix of lengths.
+        objectives: What it must keep; see :func:`objectives_of`.
+    """
+    found = engine_curve(engine.step, engine.limits, _ROLES[engine.role], demand, engine.transfer_ms)
+    if not found.rates:
+        return Carried(0.0, "the KV cache does not hold one request", (), math.inf, 0.0)
+    idle = found.points[0]
+    rate, binding = largest_rate(found, objectives, TAIL_MARGIN)
+    missed: list[Missed] = []
+    if rate <= 0.0:
+        reach = reachable(engine, demand, objectives)
+        for each, instead in zip(objectives, reach, strict=True):
+            if instead is not each:
+                takes, with_margin = (held_values(found, each, margin)[0] for margin in (1.0, TAIL_MARGIN))
+                nearest = replace(each, target_ms=round_up(1.02 * with_margin))
+                missed.append(Missed(each, takes, nearest))
+        rate, binding = largest_rate(found, reach, TAIL_MARGIN)
+        binding = f"{' and '.join(str(each.objective) for each in missed)} is out of reach; {binding}"
+        if rate <= 0.0:  # at least a queue that does not grow
+            rate = found.rates[-1]
+    return Carried(rate, binding, tuple(missed), idle.ttft.mean + idle.tpot.mean, _decoding(found, rate))
+
+
+def reachable(engine: Engine, demand: Demand, objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
+    """Return the objectives that replicas are sized for: those that even an idle engine misses are loosened.
+
+    Args:
+        engine: The engine.
+        demand: The mix of lengths.
+        objectives: What is asked of it.
+    """
+    found = engine_curve(engine.step, engine.limits, _ROLES[engine.role], demand, engine.transfer_ms)
+    if not found.rates:
+        return objectives
+    idle = {each: held_values(found, each, TAIL_MARGIN)[0] for each in objectives}
+    return tuple(
+        replace(each, target_ms=_REACHABLE * takes) if takes > each.target_ms else each
+        for each, takes in idle.items()
+    )
+
+
+def _decoding(found: Curve, rate: float) -> float:
+    """Sequences decoding at the first point of a curve that is not below a rate."""
+    at = next((point for known, point in zip(found.rates, found.points, strict=True) if known >= rate), None)
+    return (at or found.points[-1]).mean_batch
+
+
+def keeps_its_pace(engine: Engine, demand: Demand, objectives: tuple[Objective, ...]) -> bool:
+    """Whether an engine whose batch is full still keeps what is asked of its decoding: TPOT, ITL, and E2E but its queue.
+
+    Args:
+        engine: The engine.
+        demand: The mix of lengths.
+        objectives: What it must keep.
+    """
+    if engine.role is PoolRole.PREFILL:
+        return True
+    full = busiest(engine.step, engine.limits, _ROLES[engine.role], demand)
+    for each in objectives:
+        if each.metric is Metric.TTFT:
+            continue
+        takes = full.tpot.at(each.percentile)
+        if each.metric is Metric.E2E:
+            takes = full.prefill_ms + (demand.output_tokens - 1.0) * takes
+        if takes > each.target_ms:
+            return False
+    return True
 
 
 def full_engine(
