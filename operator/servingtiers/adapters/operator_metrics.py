@@ -111,8 +111,7 @@ _GAUGES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     ),
     "servingtiers_slo_target_seconds": ("The objective's target.", _OBJECTIVE),
     "servingtiers_slo_attainment_ratio": (
-        "Share of the SLO window's requests that were certainly within the target: at least so many were, more may"
-        " have been where buckets, or times of two engines, tell no more.",
+        "Share of the SLO window's requests within the target, at least: what buckets, or times of two engines, prove.",
         _OBJECTIVE,
     ),
     "servingtiers_slo_error_budget_left_ratio": (
