@@ -73,6 +73,7 @@ def _tier(
             "slo": {"ttft": {"p99": ttft}, "tpot": {"p99": tpot}},
             "pool": {
                 "hardware": {"accelerators": [accelerator], "tensorParallel": parallel},
+                "engine": {"maxNumSeqs": 64},  # the batch is no part of this question
                 "scaling": {"minReplicas": 1, "maxReplicas": 32},
             },
             **rest,
@@ -84,7 +85,7 @@ _8B, _32B = "meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen3-32B"
 TIERS = {
     "8b-a100-balanced": _tier("Balanced", _8B, "a100-sxm-80gb", 1, "2s", "100ms"),
     "8b-h100-latency": _tier("Latency", _8B, "h100-sxm-80gb", 1, "500ms", "50ms"),
-    "8b-a100-long": _tier("Balanced", _8B, "a100-sxm-80gb", 1, "6s", "120ms"),
+    "8b-a100-long": _tier("Balanced", _8B, "a100-sxm-80gb", 1, "4s", "250ms"),
     "32b-h100x2-balanced": _tier("Balanced", _32B, "h100-sxm-80gb", 2, "3s", "150ms"),
 }
 
@@ -93,7 +94,7 @@ LOADS = {
     "conv-8b-large": Load("8b-a100-balanced", "azure-conv", 20, family="conv"),
     "conv-latency": Load("8b-h100-latency", "azure-conv", 20, family="conv"),
     "conv-32b": Load("32b-h100x2-balanced", "azure-conv", 6, family="conv"),
-    "code-8b": Load("8b-a100-balanced", "azure-code", 8, family="code"),
+    "code-8b": Load("8b-a100-long", "azure-code", 8, family="code"),
     "code-32b": Load("32b-h100x2-balanced", "azure-code", 4, family="code"),
     "servegen-10h": Load("8b-a100-long", "servegen", 0.01, 9 * 3600, 11 * 3600, family="servegen"),
     "servegen-53h": Load("8b-a100-long", "servegen", 0.01, 52 * 3600, 54 * 3600, family="servegen"),
@@ -236,7 +237,7 @@ def _digest(*patterns: str) -> str:
 
 def code_of(policy: str) -> str:
     """Return a digest of the code that a policy's figures depend on."""
-    plant = ("performance/engine_*.py", "performance/data/*", "simulate/*.py")
+    plant = ("performance/*.py", "performance/data/*", "catalog/data/*.json", "simulate/*.py")
     if policy in {OURS, *SPECIAL}:
         return _digest(*plant, "simulate/rivals/*.py", "policy/*.py", "core/*.py")
     return _digest(*plant, "simulate/rivals/*.py")

@@ -13,6 +13,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from servingtiers.cli import main
+from servingtiers.simulate.fleet import Fleet
 from servingtiers.simulate.rivals import POLICIES
 
 DOCUMENT = {
@@ -139,6 +140,34 @@ def test_two_tiers_share_a_trace_or_have_their_own(tier, tmp_path):
     again = call("--trace", "step:2:2:60", "--tier", tier, "--tier", tier)
     assert again.exit_code == 2
     assert "rename one" in again.stderr
+
+
+@pytest.mark.parametrize("policy", ["servingtiers", "servingtiers,static-optimal"])
+def test_ctrl_c_keeps_what_is_done(tier, monkeypatch, policy):
+    """The interrupt comes in the second run (of a policy, or of the search for a limit)."""
+    original, calls = Fleet._scrape, {"count": 0}
+
+    def impatient(self):
+        calls["count"] += 1
+        if calls["count"] == 40:
+            raise KeyboardInterrupt
+        original(self)
+
+    monkeypatch.setattr(Fleet, "_scrape", impatient)
+    result = call(
+        *("--trace", "step:3:3:300", "--tier", tier, "--policy", policy, "--seeds", 3),
+        *("--no-clairvoyant", "-o", "json"),
+    )
+    assert result.exit_code == 130
+    assert "Interrupted" in result.stderr
+    runs = json.loads(result.stdout)["runs"]
+    assert runs[0]["complete"]
+    if policy == "servingtiers":
+        # 21 scrapes are the first run; the second ends at its 19th.
+        assert [each["complete"] for each in runs] == [True, False]
+        assert runs[1]["requests"] < runs[0]["requests"]
+    else:
+        assert len(runs) == 1
 
 
 def test_policies_are_listed_with_their_sources():

@@ -240,8 +240,12 @@ def command(
                 break
             limits.append(limit)
             for name in names:
-                with input_errors():
-                    found = _run(name, scenario, seed, limit, step)
+                try:
+                    with input_errors():
+                        found = _run(name, scenario, seed, limit, step)
+                except KeyboardInterrupt:
+                    interrupted = True
+                    break
                 if found is None:
                     continue
                 results.append(found)

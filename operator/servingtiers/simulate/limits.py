@@ -35,7 +35,11 @@ _SLACK = 0.001
 """A fixed fleet that is within this of the best level counts as reaching it."""
 _BIN = 5.0
 _SMOOTH = (15.0, 60.0)
-_MARGINS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.45, 1.7)
+_DOWN = (1.0, 0.9, 0.8, 0.7, 0.58, 0.45, 0.3)
+_UP = (1.1, 1.25, 1.45, 1.7, 2.0, 2.4, 3.0)
+_NEARLY_NONE = 0.001
+_USELESS = 0.2
+"""Schedules with more violations are of no interest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +125,18 @@ def static_run(scenario: Scenario, replicas: dict[Key, int], seed: int) -> RunRe
         for tier in scenario.tiers
     )
     fixed = replace(scenario, tiers=tiers)
-    return run(fixed, StaticReplicas(fixed, replicas, "static-optimal"), seed)
+    return _whole(run(fixed, StaticReplicas(fixed, replicas, "static-optimal"), seed))
+
+
+def _whole(result: RunResult) -> RunResult:
+    """Return a run that was not interrupted: half a run is no candidate for a limit.
+
+    Raises:
+        KeyboardInterrupt: It was.
+    """
+    if not result.complete:
+        raise KeyboardInterrupt
+    return result
 
 
 def _least(
@@ -162,7 +177,6 @@ def clairvoyant(
     seed: int,
     *,
     progress: Callable[[], None] | None = None,
-    margins: tuple[float, ...] = _MARGINS,
     smooth: tuple[float, ...] = _SMOOTH,
 ) -> Clairvoyant:
     """Search schedules that know every arrival, every length and every start-up.
@@ -177,10 +191,9 @@ def clairvoyant(
         scenario: What is simulated.
         seed: Seed of the runs: start-ups are those of this seed.
         progress: Called after every run.
-        margins: Replicas per replica of work.
         smooth: Windows over which work is averaged, seconds.
     """
-    found = list(_sweep(scenario, seed, progress, margins, smooth))
+    found = list(_sweep(scenario, seed, progress, smooth))
     found.extend(_constant(scenario, seed, progress, found))
     return Clairvoyant(tuple(each for each, _ in found), tuple(setting for _, setting in found))
 
@@ -192,22 +205,32 @@ def clairvoyant_run(scenario: Scenario, seed: int, limit: Clairvoyant, chosen: S
 
 
 def _sweep(
-    scenario: Scenario,
-    seed: int,
-    progress: Callable[[], None] | None,
-    margins: tuple[float, ...],
-    smooth: tuple[float, ...],
+    scenario: Scenario, seed: int, progress: Callable[[], None] | None, smooth: tuple[float, ...]
 ) -> Iterator[tuple[Score, tuple[float, float]]]:
+    """Yield schedules from a margin of 1 downwards until they are useless, and upwards until more buys nothing."""
+
+    def at(window: float, margin: float) -> Score:
+        found = score(_scheduled(scenario, seed, window, margin))
+        if progress is not None:
+            progress()
+        return found
+
     for window in smooth:
-        enough = 0
-        for margin in margins:
-            found = score(_scheduled(scenario, seed, window, margin))
-            if progress is not None:
-                progress()
+        first = best = 1.0
+        for margin in _DOWN:
+            found = at(window, margin)
             yield found, (window, margin)
-            # More margin only costs more once nearly nothing is violated.
-            enough += found.violations < 0.001
-            if enough >= 2:
+            if margin == _DOWN[0]:
+                first = best = found.violations
+            if found.violations > _USELESS:
+                break
+        stuck = 0
+        for margin in _UP if first > _NEARLY_NONE else ():
+            found = at(window, margin)
+            yield found, (window, margin)
+            stuck = stuck + 1 if found.violations > 0.95 * best else 0
+            best = min(best, found.violations)
+            if found.violations < _NEARLY_NONE or stuck >= 2:
                 break
 
 
@@ -223,14 +246,14 @@ def _constant(
     hours = scenario.seconds / 3600.0 * scenario.tiers[0].pools[0].gpus
     most = scenario.tiers[0].pools[0].scaling.max_replicas
     dearest = max(score.gpu_hours for score, _ in found)
-    good = 0
+    good = False
     for replicas in range(max(1, math.floor(min(s.gpu_hours for s, _ in found) / hours)), most + 1):
-        if replicas * hours > dearest or good >= 2:
+        if replicas * hours > 1.25 * dearest or good:
             return
         fixed = score(_scheduled(scenario, seed, 0.0, float(replicas)))
         if progress is not None:
             progress()
-        good += fixed.violations < 0.001
+        good = fixed.violations < _NEARLY_NONE
         yield fixed, (0.0, float(replicas))
 
 
@@ -249,7 +272,7 @@ def _scheduled(scenario: Scenario, seed: int, window: float, margin: float) -> R
             initial[pool.name] = first
         tiers.append(replace(tier, initial=initial))
     aware = replace(scenario, tiers=tuple(tiers), metric_age=0.0)
-    return run(aware, Scheduled(aware, plan, "clairvoyant", _BIN), seed)
+    return _whole(run(aware, Scheduled(aware, plan, "clairvoyant", _BIN), seed))
 
 
 def _demand(scenario: Scenario, tier: TierPlan, pool: PoolPlan) -> NDArray[np.float64]:
