@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from servingtiers.catalog.models import ModelShape, model, model_from_config, models
+from servingtiers.catalog.models import ModelShape, bundled, model, model_from_config, models
 from servingtiers.catalog.names import CatalogError, UnknownNameError
 
 REQUIRED = (
@@ -118,6 +118,17 @@ def test_a_config_json_gives_the_shape_of_the_bundled_model(tmp_path):
         shape = model(str(path))
         assert shape.parameters == model("meta-llama/Llama-3.1-8B").parameters
         assert shape.kv_bytes_per_token() == 128 * 1024
+
+
+def test_a_bundled_model_is_looked_up_without_looking_at_files(tmp_path, monkeypatch):
+    """A tier's model name is a user's word: a folder that has it is the operator's own business."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("no JSON")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CatalogError, match="not readable JSON"):
+        model("mine")
+    assert bundled("mine") is None
+    assert bundled("meta-llama/Llama-3.1-8B") is model("meta-llama/Llama-3.1-8B")
 
 
 def test_config_json_of_a_latent_mixture_gives_its_published_size():
