@@ -41,20 +41,21 @@ class Replica:
     max_num_batched_tokens: int | None = None
     profile: Profile | None = None
     speculation: Speculation | None = None
+    host_time: bool = True
+    """False leaves out the host's time between steps: only to show what it is worth."""
 
     def step_model(self) -> GridStepModel:
         """Its step model, from the best source there is."""
-        return with_host_time(
-            step_model(
-                self.model,
-                self.accelerator,
-                tensor_parallel=self.tensor_parallel,
-                weights=self.weights,
-                kv_dtype=self.kv_dtype,
-                profile=self.profile,
-                speculation=self.speculation,
-            )
+        found = step_model(
+            self.model,
+            self.accelerator,
+            tensor_parallel=self.tensor_parallel,
+            weights=self.weights,
+            kv_dtype=self.kv_dtype,
+            profile=self.profile,
+            speculation=self.speculation,
         )
+        return with_host_time(found) if self.host_time else found
 
     def engine(self) -> EngineConfig:
         """Its scheduler."""
