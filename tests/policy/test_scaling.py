@@ -288,6 +288,16 @@ def test_engines_seen_for_less_than_a_window_lower_the_model_by_half_at_most():
     )
 
 
+def test_batches_that_fill_up_are_answered_before_their_requests_are_done():
+    """48 of 55 run, 7 requests/s arrive and take 8 s each; only 3/s were done over the window yet."""
+    facts = pool(1, max_num_seqs=55, rps_per_replica=20.0)
+    seen = load(1, running=48, rate=3.0, **times(8.0, 0.01))
+    grown = one(observe(facts, seen, arrivals=7.0, tier=Tier.LATENCY))
+    assert (grown.desired, grown.binding) == (2, Binding.QUEUE)
+    moment = one(observe(facts, seen, arrivals=3.0, tier=Tier.LATENCY))
+    assert moment.desired == 1, "the window knows of 24 in flight: the 48 are a moment's"
+
+
 def test_a_full_cache_is_as_full_as_a_full_batch():
     facts = pool(2, max_num_seqs=100, rps_per_replica=10.0)
     seen = load(2, running=30, waiting=4, rate=3.75, **times(8.0, 1.0))

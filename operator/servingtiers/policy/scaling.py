@@ -244,6 +244,14 @@ class _View:
         return rate.value * seconds if isinstance(rate, Value) and seconds is not None else None
 
     @property
+    def offered(self) -> float | None:
+        """Sequences that the window's load keeps in the batches; what arrives tells of a rise before what is done."""
+        mean, seconds = self.running_mean, self.service_seconds
+        if mean is None or seconds is None or not isinstance(self.arrivals, Value):
+            return mean
+        return max(mean, self.arrivals.value * seconds)
+
+    @property
     def answered(self) -> int:
         """Serving replicas that the gauges tell of."""
         return min(self.load.coverage.answered, self.pool.ready)
@@ -671,7 +679,7 @@ def _need_by_occupancy(view: _View) -> Iterator[_Need]:
     if not isinstance(running, Value) or batch <= 0:
         return
     # The gauge is a moment: where the window's mean is known too, both must call.
-    mean = view.running_mean
+    mean = view.offered
     busy = running.value if mean is None else min(running.value, mean)
     replicas = _ceil(busy / (share * batch))
     if not view.settled(view.load.window + view.manners.drain_seconds):
