@@ -110,6 +110,8 @@ SHAPES = {
 QUICK = ("conv-8b", "conv-latency", "code-8b", "servegen-10h")
 START_UPS = (5.0, 30.0, 130.0, 300.0)
 QUICK_START_UPS = (30.0, 130.0)
+WARM_UP = 600.0
+"""Seconds that are simulated and not scored: what a fleet began with is nobody's merit or fault."""
 GAP = (1500.0, 2400.0)
 """The 15 minutes without metrics, seconds of the run."""
 FAULT = (1500.0, 1800.0)
@@ -177,7 +179,7 @@ def scenario(cell: Cell) -> Scenario:
         faults = (MetricFault(FaultKind.DOWN, *GAP),)
     elif cell.fault:
         faults = (MetricFault(FaultKind(cell.fault), *FAULT),)
-    return Scenario((plan,), start_up=Delay(cell.start_up, 0.2), metric_faults=faults)
+    return Scenario((plan,), start_up=Delay(cell.start_up, 0.2), metric_faults=faults, warm_up=WARM_UP)
 
 
 # --- running --------------------------------------------------------------------------------------------------------

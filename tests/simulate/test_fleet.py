@@ -308,6 +308,20 @@ def test_memory_goes_through_text_as_the_status_keeps_it(make_scenario):
     assert fleet._tiers[0].pools[0].memory.model_dump(exclude_defaults=True)
 
 
+def test_the_warm_up_counts_neither_requests_nor_accelerators_nor_moves(make_scenario):
+    trace = load_trace("step:4:4:600", seed=1, prompt=500, output=50)
+    steps = [(50, 4), (100, 2), (400, 3)]
+    whole = run(make_scenario(trace, initial=2, start_up=Delay(10.0)), Script(steps), 0)
+    later = run(make_scenario(trace, initial=2, start_up=Delay(10.0), warm_up=300.0), Script(steps), 0)
+    found = score(later)
+    assert found.requests == int((trace.arrival >= 300).sum()) < score(whole).requests
+    assert (found.scale_ups, found.scale_downs, found.reversals) == (1, 0, 0)
+    assert later.moves == whole.moves
+    (move,) = [each for each in later.moves if each.time >= 300]
+    paid = later.tiers[0].pools[0].gpu_seconds
+    assert paid == pytest.approx(2 * 300 + (600 - move.time - 1.0), abs=0.01)
+
+
 def test_reversals_are_changes_of_direction():
     result = run_moves([1, 3, 5, 4, 4, 6, 2])
     assert reversals(result) == 3

@@ -162,7 +162,7 @@ def outcome(plan, arrival, first, last, output, refused) -> RunResult:
         (history,),
     )
     moves = (Move(10.0, plan.key, "pool", 1, 3, "", ""), Move(50.0, plan.key, "pool", 3, 2, "", ""))
-    return RunResult("by hand", 0, 600.0, (tier,), moves, 1, 0.0, complete=True)
+    return RunResult("by hand", 0, 600.0, 0.0, (tier,), moves, 1, 0.0, complete=True)
 
 
 def test_a_score_worked_by_hand(plan):

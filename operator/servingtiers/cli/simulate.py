@@ -125,6 +125,9 @@ def _span(text: str, option: str) -> tuple[float, float]:
     metavar="DIST",
     help="From node to readiness: seconds, constant:S or lognormal:MEDIAN:SIGMA.",
 )
+@click.option(
+    "--warm-up", type=_MOMENT, default=0.0, help="Time at the start that is simulated and not scored (10m)."
+)
 @click.option("--max-replicas", type=click.IntRange(1, 1000), help="Overrides every pool's maxReplicas.")
 @click.option("--min-replicas", type=click.IntRange(0, 1000), help="Overrides every pool's minReplicas.")
 @click.option(
@@ -348,10 +351,16 @@ def _scenario(tiers: Sequence[Path], traces: Sequence[str], seed: int, flags: di
     keys = [plan.key for plan in plans]
     if len(set(keys)) != len(keys):
         raise InputError("two tiers have the same namespace and name: rename one")
+    shortest = min(plan.trace.seconds for plan in plans)
+    if flags["warm_up"] >= shortest:
+        raise InputError(
+            f"--warm-up {flags['warm_up']:g} s leaves nothing of {shortest:g} s of traffic: shorten it"
+        )
     return Scenario(
         tiers=tuple(plans),
         start_up=Delay.parse(flags["start_up_seconds"]),
         accelerators=flags["accelerators"],
+        warm_up=flags["warm_up"],
         metric_faults=tuple(faults),
         crashes=tuple(Crash(time) for time in flags["crashes"]),
         outages=tuple(Outage(*_span(text, "--outage")) for text in flags["outages"]),

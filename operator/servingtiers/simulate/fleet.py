@@ -53,8 +53,8 @@ _ROUTES = {
     "consistent_hash": plant.POWER_OF_TWO,
     "random": plant.ROUND_ROBIN,
 }
-_RAMP_SECONDS = 120.0
-"""The first replicas are those that the rate of the first two minutes needs."""
+_FIRST_SECONDS = 600.0
+"""The first replicas are those that the busiest minute of the first ten needs: a fleet that was serving before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class PoolHistory:
 
 @dataclass(frozen=True, slots=True)
 class TierOutcome:
-    """What became of one tier's requests; times are seconds of the run, NaN where it never came to it."""
+    """What became of one tier's requests after the warm-up; times are seconds of the run, NaN where it never came to it."""
 
     plan: TierPlan
     arrival: NDArray[np.float64]
@@ -108,6 +108,9 @@ class RunResult:
     policy: str
     seed: int
     seconds: float
+    """Seconds of the trace until which it ran."""
+    warm_up: float
+    """Seconds at the start that do not count."""
     tiers: tuple[TierOutcome, ...]
     moves: tuple[Move, ...]
     decisions: int
@@ -305,13 +308,12 @@ class Fleet:
     def _first_replicas(self, tier: TierPlan, plan: PoolPlan) -> int:
         given = tier.initial.get(plan.name)
         if given is None:
-            begin = tier.trace.arrival < _RAMP_SECONDS
-            work = plan.belief.work
-            need = sum(
-                work.seconds(float(p), float(o))
-                for p, o in zip(tier.trace.prompt[begin], tier.trace.output[begin], strict=True)
-            ) / min(_RAMP_SECONDS, tier.trace.seconds)
-            given = math.ceil(need)
+            trace, work = tier.trace, plan.belief.work
+            cost = work.prompt * trace.prompt * (1.0 - (tier.prefix_hit or 0.0)) + work.output * trace.output
+            if tier.shared_prefix:
+                cost -= work.prompt * trace.shared
+            edges = np.arange(0.0, min(_FIRST_SECONDS, max(trace.seconds, 60.0)) + 1.0, 60.0)
+            given = math.ceil(float(np.histogram(trace.arrival, edges, weights=cost)[0].max()) / 60.0)
         return min(max(given, plan.scaling.min_replicas), plan.scaling.max_replicas)
 
     # --- the clock -------------------------------------------------------------------------------------------
@@ -565,8 +567,9 @@ class Fleet:
         self._bind()
 
     def _charge(self, pool: _Pool, pod: _Pod, end: float) -> None:
-        if pod.on_node is not None and end > pod.on_node:
-            pool.gpu_seconds += (end - pod.on_node) * pool.plan.gpus
+        if pod.on_node is not None:
+            since = max(pod.on_node, self.scenario.warm_up)
+            pool.gpu_seconds += max(end - since, 0.0) * pool.plan.gpus
 
     def _crash(self, crash: Crash) -> None:
         for tier in self._tiers:
@@ -846,7 +849,9 @@ class Fleet:
         outcomes = []
         for tier in self._tiers:
             first, last = tier.pools[0], tier.pools[-1]
-            arrived = tier.plan.trace.arrival < end if not complete else np.ones(len(tier.ids), dtype=bool)
+            arrived = tier.plan.trace.arrival >= self.scenario.warm_up
+            if not complete:
+                arrived &= tier.plan.trace.arrival < end
             refused = first.journal.row < plant.UNSENT
             if last is not first:
                 refused |= last.journal.row < plant.UNSENT
@@ -882,6 +887,7 @@ class Fleet:
             policy=self.policy.name,
             seed=self.seed,
             seconds=end,
+            warm_up=self.scenario.warm_up,
             tiers=tuple(outcomes),
             moves=tuple(self.moves),
             decisions=self.decisions,

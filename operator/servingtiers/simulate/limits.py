@@ -243,7 +243,7 @@ def _constant(
     """Yield fixed fleets of one pool that cost no more than the dearest schedule; on bursty short traces they can win."""
     if len(scenario.tiers) != 1 or len(scenario.tiers[0].pools) != 1:
         return
-    hours = scenario.seconds / 3600.0 * scenario.tiers[0].pools[0].gpus
+    hours = (scenario.seconds - scenario.warm_up) / 3600.0 * scenario.tiers[0].pools[0].gpus
     most = scenario.tiers[0].pools[0].scaling.max_replicas
     dearest = max(score.gpu_hours for score, _ in found)
     good = False

@@ -167,6 +167,9 @@ class Scenario:
     crashes: tuple[Crash, ...] = ()
     shortages: tuple[NodeShortage, ...] = ()
     outages: tuple[Outage, ...] = ()
+    warm_up: float = 0.0
+    """Seconds at the start that are simulated and not scored: neither requests nor accelerators nor moves count. Whatever
+    a fleet began with, a policy has had its say by then."""
     grace: float = 300.0
     """Seconds after the trace in which requests may still finish; no policy acts and no GPU time counts then."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from servingtiers.simulate.fleet import Move, RunResult, TierOutcome
+from servingtiers.simulate.fleet import Move, PoolHistory, RunResult, TierOutcome
 from servingtiers.simulate.scenario import slo_of
 
 __all__ = ["Score", "missed", "reversals", "score", "score_tier"]
@@ -131,11 +131,11 @@ def score_tier(result: RunResult, outcome: TierOutcome) -> Score:
             attainment[name] = float(np.isfinite(found[name]).mean())
     attainment["joint"] = float(1.0 - bad.mean()) if len(bad) else 1.0
     worst = 1.0
-    for start in np.arange(0.0, result.seconds, 300.0):
+    for start in np.arange(result.warm_up, result.seconds, 300.0):
         window = bad[(outcome.arrival >= start) & (outcome.arrival < start + 300.0)]
         if len(window) >= _LEAST_REQUESTS:
             worst = min(worst, 1.0 - float(window.mean()))
-    moves = [move for move in result.moves if move.tier == outcome.plan.key]
+    moves = [move for move in result.moves if move.tier == outcome.plan.key and move.time >= result.warm_up]
     unfinished = np.isnan(outcome.last) & ~outcome.refused
     return Score(
         policy=result.policy,
@@ -150,10 +150,15 @@ def score_tier(result: RunResult, outcome: TierOutcome) -> Score:
         rejected=int(outcome.refused.sum()),
         unfinished=int(unfinished.sum()),
         peak_replicas=sum(pool.peak for pool in outcome.pools),
-        mean_ready=float(sum(pool.ready.mean() for pool in outcome.pools if len(pool.ready))),
+        mean_ready=sum(_mean_ready(pool, result.warm_up) for pool in outcome.pools),
         p99={name: _quantile(values) for name, values in found.items()},
         complete=result.complete,
     )
+
+
+def _mean_ready(pool: PoolHistory, since: float) -> float:
+    counted = pool.ready[pool.time >= since]
+    return float(counted.mean()) if len(counted) else 0.0
 
 
 def _quantile(values: NDArray[np.float64]) -> float:
