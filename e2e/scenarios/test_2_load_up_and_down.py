@@ -101,7 +101,7 @@ async def test_replicas_follow_the_load_and_wait_for_accelerators_and_nobody_not
                     seen.setdefault("message", limited["message"])
             await asyncio.sleep(1)
 
-    light = Traffic(url, rate=0.5, prompt_tokens=48, output_tokens=16, seed=2)
+    light = Traffic(url, rate=0.5, prompt_tokens=48, output_tokens=16, seed=2, timeout=300)
     async with light.running():
         watching = asyncio.create_task(watch())
         bench = await _bench(cluster.places, url, rate=RATE, requests=REQUESTS, output=OUTPUT)
