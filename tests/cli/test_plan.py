@@ -256,3 +256,47 @@ def test_a_malformed_tier_names_what_is_wrong(tmp_path, text, mend) -> None:
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
     assert mend in result.stderr
+
+
+PROFILE = """# engine: vLLM 0.32.0
+kind,batch,context_tokens,new_tokens,ms
+decode,1,512,,{slow}
+decode,1,4096,,{slow}
+decode,64,512,,{slow}
+decode,64,4096,,{slow}
+prefill,,0,128,{slow}
+prefill,,0,2048,60
+"""
+ONE = ["--accelerator", "h100", "--tensor-parallel", "1", "--no-simulation", "-o", "json"]
+
+
+def test_a_profile_is_what_the_plan_stands_on(tmp_path) -> None:
+    """A slower engine than the table's takes more replicas, and the source says so."""
+    found = {}
+    for slow in (8.0, 45.0):
+        path = tmp_path / f"{slow}.csv"
+        path.write_text(PROFILE.format(slow=slow), encoding="utf-8")
+        answer = json.loads(run("--rate", "200", *CHAT[2:], *ONE, "--profile", str(path)))
+        pool = answer["choices"][0]["pools"][0]
+        assert pool["source"].startswith("profile: ")
+        found[slow] = pool["replicasNeeded"]
+    assert found[45.0] > found[8.0]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--tensor-parallel", "2"], "--tensor-parallel"),
+        (["--accelerator", "a100"], "--accelerator"),
+        (["--model", "meta-llama/Llama-3.1-70B"], "--model"),
+        (["--weights", "bf16", "--weights", "fp8"], "--weights"),
+    ],
+)
+def test_a_profile_is_of_one_engine(tmp_path, more, told) -> None:
+    """Several engines cannot have been measured in one file."""
+    path = tmp_path / "p.csv"
+    path.write_text(PROFILE.format(slow=8.0), encoding="utf-8")
+    result = CliRunner().invoke(main, [*BASE, *CHAT, *ONE, "--profile", str(path), *more])
+    assert result.exit_code == 2
+    assert f"2 {told} values are allowed: give one" in result.stderr
+    assert len(result.stderr.splitlines()) == 1

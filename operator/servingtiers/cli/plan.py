@@ -65,6 +65,11 @@ _TARGET_TPOT_MS = 50.0
 @click.option("--max-num-seqs", type=int, multiple=True, help="Batch limits to try; chosen when left out.")
 @click.option("--max-num-batched-tokens", type=int, help="Token budget of a step; chosen when left out.")
 @click.option("--price", "prices", multiple=True, metavar="KEY=USD", help="Price of an accelerator per hour.")
+@click.option(
+    "--profile",
+    type=click.Path(dir_okay=False),
+    help="Measured profile (CSV) of the one model, accelerator and tensor parallelism that are allowed.",
+)
 @click.option("--spare", type=int, default=1, show_default=True, help="Replicas beyond the load, per pool.")
 @click.option("--tail-margin", type=float, help="Factor on predicted TTFT p99 and p99.9.  [default: 1.4]")
 @click.option(
@@ -103,7 +108,7 @@ def command(output: str, path: Path | None, name: str | None, namespace: str, to
         document = _tier(path)
         models = _models(flags["models"], document)
         demand = _demand(flags, document)
-        constraints = _constraints(flags, document)
+        constraints = _profiled(_constraints(flags, document), models, flags["profile"])
         questions = _questions(flags, document)
         if top < 1:
             raise ValueError(f"--top {top}: use 1 or more")
@@ -254,6 +259,30 @@ def _constraints(flags: dict[str, Any], document: Any) -> Constraints:
         link_gb_s=flags["kv_link"],
     )
     return constraints if document is None else _constrained(constraints, document, flags)
+
+
+def _profiled(constraints: Constraints, models: list[ModelShape], path: str | None) -> Constraints:
+    """Take over a profile, which is of one engine.
+
+    Raises:
+        ValueError: More than one engine is allowed, or the profile is malformed.
+    """
+    from servingtiers.performance.profile import load_profile
+
+    if path is None:
+        return constraints
+    keys = {gpu.key for gpu in constraints.accelerators}
+    if constraints.by_role:
+        keys &= frozenset().union(*constraints.by_role.values())
+    for what, allowed in (
+        ("--model", len(models)),
+        ("--accelerator", len(keys)),
+        ("--tensor-parallel", len(constraints.tensor_parallel)),
+        ("--weights", len(constraints.weights)),
+    ):
+        if allowed != 1:
+            raise ValueError(f"--profile is of one engine, and {allowed} {what} values are allowed: give one")
+    return replace(constraints, profile=load_profile(path))
 
 
 def _constrained(constraints: Constraints, document: Any, flags: dict[str, Any]) -> Constraints:

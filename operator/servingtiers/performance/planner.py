@@ -28,6 +28,7 @@ from servingtiers.performance.steps import OutOfHullError
 from servingtiers.performance.workload import Arrivals
 
 if TYPE_CHECKING:
+    from servingtiers.performance.profile import Profile
     from servingtiers.performance.steps import GridStepModel
 
 __all__ = [
@@ -161,6 +162,8 @@ class Constraints:
     tail_margin: float = TAIL_MARGIN
     link_gb_s: float = LINK_GB_S
     """Rate at which a KV cache moves between engines of different nodes, 10⁹ bytes/s."""
+    profile: Profile | None = None
+    """The user's measurements; every option that is left must be what they were made on."""
 
     def allows(self, role: Role, accelerator: Accelerator) -> bool:
         """Whether a pool of a role may run on an accelerator."""
@@ -183,10 +186,13 @@ class Option:
     kv_dtype: str
     max_num_seqs: int
     max_num_batched_tokens: int
+    profile: Profile | None = None
 
     def step_model(self) -> GridStepModel:
         """Its step model."""
-        return _step_model(self.model, self.accelerator, self.tensor_parallel, self.weights, self.kv_dtype)
+        return _step_model(
+            self.model, self.accelerator, self.tensor_parallel, self.weights, self.kv_dtype, self.profile
+        )
 
     @property
     def hardware(self) -> str:
@@ -196,10 +202,22 @@ class Option:
 
 @lru_cache(maxsize=1024)
 def _step_model(
-    model: ModelShape, accelerator: Accelerator, tensor_parallel: int, weights: str, kv_dtype: str
+    model: ModelShape,
+    accelerator: Accelerator,
+    tensor_parallel: int,
+    weights: str,
+    kv_dtype: str,
+    profile: Profile | None,
 ) -> GridStepModel:
     return with_host_time(
-        step_model(model, accelerator, tensor_parallel=tensor_parallel, weights=weights, kv_dtype=kv_dtype)
+        step_model(
+            model,
+            accelerator,
+            tensor_parallel=tensor_parallel,
+            weights=weights,
+            kv_dtype=kv_dtype,
+            profile=profile,
+        )
     )
 
 
@@ -574,7 +592,14 @@ def _options(
                 continue
             budget = constraints.max_num_batched_tokens or default_limits(accelerator)[1]
             option = Option(
-                model, accelerator, size, weights, constraints.kv_dtype, batch, max(budget, batch)
+                model,
+                accelerator,
+                size,
+                weights,
+                constraints.kv_dtype,
+                batch,
+                max(budget, batch),
+                constraints.profile,
             )
             if gap < math.inf and constraints.max_num_batched_tokens is None:
                 option = _with_small_steps(option, demand, gap)
