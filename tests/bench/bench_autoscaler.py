@@ -279,9 +279,8 @@ def llmd_scenario(start_up: float) -> Scenario:
     plan = tier_plan(parse_tier(document), trace, shared_prefix=True)
     pool = plan.pools[0]
     fits = replace(pool.model, kv_capacity_tokens=LLMD_SEQUENCES * (4256 + 256 + 16))
-    told = replace(
-        pool.operator, step=replace(pool.operator.step, kv_capacity_tokens=fits.kv_capacity_tokens)
-    )
+    known = replace(pool.operator.engine.step, kv_capacity_tokens=fits.kv_capacity_tokens)
+    told = replace(pool.operator, engine=replace(pool.operator.engine, step=known))
     plan = replace(plan, pools=(replace(pool, model=fits, operator=told),), initial={pool.name: 1})
     return Scenario((plan,), start_up=Delay(start_up), noise=Noise(0.0, 0.0, LLMD_SLOWER), metric_age=7.5)
 

@@ -116,9 +116,8 @@ def test_what_the_operator_tells_its_policy_is_what_the_operator_judges():
     settings = presets.choose(tier, default_config())
     judged = capacity.judge(tier.spec, settings, presets.targets(tier.spec))
     # The operator has the table that the plant runs on; here its policy is told the roofline's figure, times the error.
-    assert replace(told, step=made.pools[0].model).rps() == pytest.approx(
-        1.3 * judged.requests_per_second["pool"]
-    )
+    truth = replace(told, engine=replace(told.engine, step=made.pools[0].model))
+    assert truth.rps() == pytest.approx(1.3 * judged.requests_per_second["pool"])
     assert told.rps() != pytest.approx(1.3 * judged.requests_per_second["pool"], rel=1e-3)
 
 

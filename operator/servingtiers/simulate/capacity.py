@@ -48,33 +48,27 @@ class Work:
 class OperatorCapacity:
     """What the operator tells its policy that one replica carries.
 
-    The arithmetic is the operator's own (:mod:`servingtiers.policy.sizing`, as :func:`servingtiers.policy.capacity.judge`
-    uses it), on a step model that is not the plant's and times a deliberate error.
+    The figure is the operator's own (:func:`servingtiers.policy.sizing.carried`, as
+    :func:`servingtiers.policy.capacity.judge` asks it), on a step model that is not the plant's and times a deliberate
+    error.
     """
 
-    step: GridStepModel
-    """The prior: the roofline."""
+    engine: sizing.Engine
+    """Its step model is the prior: the roofline."""
     error: float
     goals: Targets
-    role: PoolRole
-    max_num_seqs: int
-    budget: int | None
     planned: sizing.Lengths
 
     def rps(self, load: Load | None = None) -> float | None:
         """Return requests per second per replica; None where neither the spec nor traffic tells lengths."""
-        asked = self.planned
-        if load is not None and self.role is not PoolRole.PREFILL:
-            asked = sizing.lengths_seen(load, asked)
-        if not asked.given:
+        seen = self.planned
+        if load is not None and self.engine.role is not PoolRole.PREFILL:
+            seen = sizing.lengths_seen(load, self.planned)
+        if not seen.given:
             return None
-        held = max(1, int(self.step.kv_capacity_tokens / (asked.prompt + asked.output)))
-        batch = min(self.max_num_seqs, held)
-        while True:
-            full = sizing.full_engine(self.step, batch, asked, self.budget, self.role)
-            if batch <= 1 or not sizing.meets(full, self.goals, asked, self.role, 1.0):
-                return self.error * full.requests_per_second
-            batch = batch * 7 // 8
+        demand = sizing.demand_of(seen, rounded=seen is not self.planned)
+        found = sizing.carried(self.engine, demand, sizing.objectives_of(self.goals, self.engine.role))
+        return self.error * found.requests_per_second if found.requests_per_second > 0 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,10 @@ from servingtiers.api.spec import PoolScaling, ServingTier
 from servingtiers.catalog.accelerators import accelerator
 from servingtiers.catalog.models import ModelShape, model
 from servingtiers.core.config import AcceleratorBinding, OperatorConfig
+from servingtiers.core.decisions import PoolRole
 from servingtiers.core.effective import PoolSettings, pools_asked
 from servingtiers.performance.engine_sim import EngineConfig, Transfer
+from servingtiers.performance.host import with_host_time
 from servingtiers.performance.select import step_model
 from servingtiers.performance.speculation import Speculation
 from servingtiers.performance.steps import GridStepModel
@@ -101,6 +103,7 @@ def tier_plan(
         np.maximum(trace.prompt * (1.0 - hit), 1) if not shared_prefix else trace.prompt - trace.shared
     )
     output = _mean_cv(trace.output)
+    link = Transfer(float(shape.kv_bytes_per_token()), transfer_gigabytes, 2.0)
     pools = []
     for pool in settings.pools:
         scaling = _bounds(asked[pool.name], max_replicas, min_replicas)
@@ -126,12 +129,15 @@ def tier_plan(
                     prior.source.detail,
                 ),
                 operator=OperatorCapacity(
-                    step=prior,
+                    engine=sizing.Engine(
+                        prior,
+                        pool.max_num_seqs,
+                        engine.max_num_batched_tokens,
+                        pool.role,
+                        _transfer_ms(link, prompt[0]) if pool.role is PoolRole.DECODE else 0.0,
+                    ),
                     error=model_error,
                     goals=targets,
-                    role=pool.role,
-                    max_num_seqs=pool.max_num_seqs,
-                    budget=pool.max_num_batched_tokens,
                     planned=sizing.lengths(tier.spec),
                 ),
                 max_queued=pool.max_queued_requests or 0,
@@ -146,9 +152,7 @@ def tier_plan(
         routing=settings.router_policy,
         drain_seconds=settings.drain_seconds,
         max_model_len=longest,
-        transfer=Transfer(float(shape.kv_bytes_per_token()), transfer_gigabytes, 2.0)
-        if len(pools) > 1
-        else None,
+        transfer=link if len(pools) > 1 else None,
         prefix_hit=hit or None,
         shared_prefix=shared_prefix,
     )
@@ -158,7 +162,7 @@ def _model(pool: PoolSettings, shape: ModelShape, *, tables: bool) -> GridStepMo
     speculation = None
     if pool.speculative is not None:
         speculation = Speculation(int(pool.speculative["num_speculative_tokens"]), _NGRAM_ACCEPTANCE)
-    return step_model(
+    found = step_model(
         shape,
         accelerator(pool.accelerator),
         tensor_parallel=pool.tensor_parallel,
@@ -168,6 +172,12 @@ def _model(pool: PoolSettings, shape: ModelShape, *, tables: bool) -> GridStepMo
         memory_utilization=pool.gpu_memory_utilization or 0.9,
         use_tables=tables,
     )
+    # Tables and rooflines add up kernels; what lies between two steps is the host's.
+    return with_host_time(found)
+
+
+def _transfer_ms(link: Transfer, tokens: float) -> float:
+    return float(link.ms(np.array([tokens]))[0])
 
 
 def _bounds(scaling: PoolScaling, most: int | None, least: int | None) -> PoolScaling:
