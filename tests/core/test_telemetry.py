@@ -254,3 +254,39 @@ def test_a_disaggregated_router_without_a_pair_to_send_to_asks_to_be_woken():
 def test_a_tier_without_routers_knows_no_arrivals():
     load = tier_load(TierTargets("llm", "chat", (pool(0),)), {}, {}, window=60, now=NOW)
     assert load.router.arrival_rate == Unknown("no router is ready")
+
+
+def arrivals(*series, tier_pools=None):
+    """Return the arrival rate that one router's scrapes give."""
+    said = router_window(router_scans(*series), window=60, interval=15, now=NOW)
+    tier = TierTargets("llm", "chat", tier_pools or (pool(0),), (PodTarget("r", "10.0.0.2", 29000),))
+    return tier_load(tier, {}, {"r": said}, window=60, now=NOW).router.arrival_rate
+
+
+def test_a_router_that_does_not_count_dispatches_tells_arrivals_by_what_ended_and_what_is_in_flight():
+    """vllm-router 0.1.17 with power_of_two and one engine never moves its dispatch counter."""
+    ended, running = "vllm_router_requests_total", "vllm_router_running_requests"
+    rate = arrivals(
+        {ended: {"a": 10.0}, running: {"w": 1.0}},
+        {ended: {"a": 12.0}, running: {"w": 3.0}},
+        {ended: {"a": 14.0}, running: {"w": 6.0}},
+        {ended: {"a": 16.0}, running: {"w": 8.0}},
+        {ended: {"a": 18.0}, running: {"w": 9.0}},
+    )
+
+    assert rate.value == pytest.approx((8 + 8) / 60)
+
+
+def test_requests_that_end_are_not_counted_on_top_of_those_that_were_dispatched():
+    dispatched, ended = "vllm_router_processed_requests_total", "vllm_router_requests_total"
+    rows = [{dispatched: {"a": 3.0 * n}, ended: {"a": 3.0 * n}} for n in range(5)]
+
+    assert arrivals(*rows).value == pytest.approx(12 / 60)
+
+
+def test_a_router_that_only_finishes_what_it_had_has_no_arrivals():
+    """The last answers of a burst are no new requests: the tier may go idle."""
+    ended, running = "vllm_router_requests_total", "vllm_router_running_requests"
+    rows = [{ended: {"a": float(n)}, running: {"w": 4.0 - n}} for n in range(5)]
+
+    assert isinstance(arrivals(*rows), Zero)

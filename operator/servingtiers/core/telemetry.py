@@ -585,6 +585,10 @@ class RouterWindow:
     span: float
     """Seconds between the first and the last sample."""
     dispatched: float
+    """Requests sent to engines, retries included; for each side in prefill/decode mode."""
+    ended: float
+    """Requests that ended, and what more is in flight now than was at the start: the arrivals of a router that does
+    not count dispatches."""
     exhausted: float
     no_engine: float
     whole: bool
@@ -618,10 +622,10 @@ def router_window(
     if len(scans) < 2:
         return Unknown(_ONE_SAMPLE)
     names = ROUTER_METRICS
-    counts = dict.fromkeys(names.names, 0.0)
+    counts = dict.fromkeys(names.counters, 0.0)
     no_engine = 0.0
     for before, after in pairwise(scans):
-        for name in names.names:
+        for name in names.counters:
             earlier = before.series.get(name, {})
             for labels, value in after.series.get(name, {}).items():
                 if not math.isfinite(value) or value < 0:
@@ -637,10 +641,15 @@ def router_window(
     span = times[-1] - times[0]
     if max(counts.values()) > 1e7 * span:
         return Unknown(f"{max(counts.values()):g} requests in {span:g} s cannot be")
+    in_flight = [math.fsum(scan.series.get(names.running, {}).values()) for scan in (scans[0], scans[-1])]
+    if not all(math.isfinite(each) and each >= 0 for each in in_flight):
+        return Unknown(f"{names.running} is {in_flight[-1]}")
+    ended = counts[names.completed] + counts[names.pd_completed]
     return RouterWindow(
         time=times[-1],
         span=span,
         dispatched=counts[names.dispatched],
+        ended=max(0.0, ended + in_flight[1] - in_flight[0]),
         exhausted=counts[names.exhausted],
         no_engine=no_engine,
         whole=_whole(times, interval=interval, now=now, window=window, ready_since=ready_since),
@@ -653,6 +662,8 @@ def router_load(
     """Return what a tier's routers say together.
 
     In prefill/decode mode vllm-router counts each request at both engines, so half of the dispatches are arrivals.
+    A router that has counted fewer dispatches than requests ended or came into flight does not count them all (see
+    ``RouterMetrics.completed``), and then those are its arrivals.
     """
     said: list[RouterWindow] = []
     silent: list[str] = []
@@ -679,11 +690,18 @@ def router_load(
 
     return RouterLoad(
         coverage=coverage,
-        arrival_rate=signal(lambda r: r.dispatched / r.span / (2 if paired else 1)),
+        arrival_rate=signal(lambda r: _arrivals(r, paired=paired) / r.span),
         # One request without an engine fails several attempts and is given up once: attempts only count where
         # nothing was given up (yet, or because retries are off).
         unserved=signal(lambda r: r.exhausted or r.no_engine),
     )
+
+
+def _arrivals(router: RouterWindow, *, paired: bool) -> float:
+    if paired:
+        # Both engines of a request are in flight at once; the change of that is noise beside what was dispatched.
+        return router.dispatched / 2 if router.dispatched > 0 else router.ended
+    return max(router.dispatched, router.ended)
 
 
 def tier_load(

@@ -104,6 +104,13 @@ class RouterMetrics:
 
     dispatched: str = "vllm_router_processed_requests_total"
     """Per worker, at dispatch, retries included. In prefill/decode mode a request counts once for each side."""
+    completed: str = "vllm_router_requests_total"
+    """Requests that ended, by route. The policy power_of_two does not count dispatches while it has one engine to
+    choose from (vllm-router 0.1.17), so this and ``running`` are what such a router says of arrivals."""
+    pd_completed: str = "vllm_router_pd_requests_total"
+    """The same in prefill/decode mode; each request counts once."""
+    running: str = "vllm_router_running_requests"
+    """Gauge: requests in flight per worker."""
     exhausted: str = "vllm_router_retries_exhausted_total"
     """Requests given up after all retries."""
     errors: str = "vllm_router_request_errors_total"
@@ -114,9 +121,21 @@ class RouterMetrics:
     """Values of ``error_type`` that mean: no engine to send this to."""
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def counters(self) -> tuple[str, ...]:
         """All counters that are read."""
-        return (self.dispatched, self.exhausted, self.errors, self.pd_errors)
+        return (
+            self.dispatched,
+            self.completed,
+            self.pd_completed,
+            self.exhausted,
+            self.errors,
+            self.pd_errors,
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All metrics that are read."""
+        return (*self.counters, self.running)
 
 
 ROUTER_METRICS = RouterMetrics()
