@@ -9,7 +9,7 @@ import math
 import os
 import time
 
-from harness.kube import pod_ready, wait_for
+from harness.kube import WaitError, pod_ready, wait_for
 from harness.tiers import tier
 from harness.traffic import Traffic
 from onenode import programs
@@ -107,15 +107,17 @@ async def test_replicas_follow_the_load_and_wait_for_accelerators_and_nobody_not
         bench = await _bench(cluster.places, url, rate=RATE, requests=REQUESTS, output=OUTPUT)
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
-        begun_down = time.monotonic()
         sizes: list[int] = []
 
         def down():
             sizes.append(kube.get("deployment", "chat-pool")["spec"]["replicas"])
             return sizes[-1] == 1 and len(kube.listed("pods", "servingtiers.io/pool=pool")) == 1
 
-        shrunk = await asyncio.to_thread(wait_for, "one engine again", 420, down)
-        del begun_down
+        stuck = None
+        try:
+            shrunk = await asyncio.to_thread(wait_for, "one engine again", 420, down)
+        except WaitError as error:
+            shrunk, stuck = math.nan, error
         await asyncio.sleep(5)
 
     figures(
@@ -125,6 +127,7 @@ async def test_replicas_follow_the_load_and_wait_for_accelerators_and_nobody_not
         f" {seen.get('pending', math.nan):.0f} s; peak {peak['waiting']:.0f} waiting, TTFT p99 {peak['ttft']:.1f} s,"
         f" {peak['replicas']} replicas; back at 1 engine {shrunk:.0f} s after the load"
     )
+    assert stuck is None
     assert bench["completed"] == REQUESTS
     assert light.failed == []
     assert peak["waiting"] > WAITING_LIMIT
