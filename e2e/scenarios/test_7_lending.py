@@ -31,7 +31,7 @@ async def test_two_equal_engines_get_equal_shares(product, kube, figures):
     shares = [each / sum(served) for each in served]
     figures(f"shares {shares[0]:.0%} and {shares[1]:.0%} of {sum(served):.0f}; {traffic.summary()}")
     assert traffic.failed == []
-    assert 0.35 <= min(shares)
+    assert min(shares) >= 0.35
 
 
 async def test_a_routing_label_lends_an_engine_in_seconds_and_its_successor_is_at_home(
