@@ -469,7 +469,7 @@ def study(todo: Sequence[Job], path: Path, *, workers: int, limit: float) -> boo
     done = failed = 0
     queue = iter(left)
     with path.open("a", encoding="utf-8") as stream, ProcessPoolExecutor(workers) as pool:
-        waiting = {pool.submit(execute, job) for job, _ in zip(queue, range(2 * workers), strict=False)}
+        waiting = {pool.submit(execute, job) for _, job in zip(range(2 * workers), queue, strict=False)}
         try:
             while waiting:
                 ready = next(as_completed(waiting))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,6 +186,31 @@ def test_runs_of_other_code_are_made_again(bench, tmp_path, capsys):
     assert bench.read(path)[job.key]["speed"] == {}
     assert bench.study([job], path, workers=1, limit=60)
     assert "0 to make" in capsys.readouterr().err
+
+
+def test_no_job_is_lost_between_the_first_ones_and_the_rest(bench, tmp_path, monkeypatch):
+    class Here:
+        """A pool of no processes."""
+
+        def __init__(self, workers):
+            del workers
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def submit(self, function, *given):
+            future = Future()
+            future.set_result(function(*given))
+            return future
+
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(bench, "_execute", lambda job: {"score": {"knob": job.knob}})
+    todo = [bench.Job(bench.Cell("conv-8b", 130.0), "dynamo", float(knob)) for knob in range(11)]
+    assert bench.study(todo, tmp_path / "r.jsonl", workers=2, limit=60)
+    assert set(bench.read(tmp_path / "r.jsonl")) == {job.key for job in todo}
 
 
 def test_the_quick_form_and_the_full_one_are_of_the_promised_size(bench):
