@@ -1,4 +1,3 @@
-# ruff: noqa: D103 - the names are the sentences
 """The pages of real engines and routers, and pages that are none."""
 
 import time

@@ -1,4 +1,3 @@
-# ruff: noqa: D103 - the names are the sentences
 """Signals and histograms: what buckets allow to say, and nothing beyond."""
 
 import math

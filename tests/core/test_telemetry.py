@@ -1,4 +1,3 @@
-# ruff: noqa: D103 - the names are the sentences
 """From pods to load: when a signal is a value, a proved zero, or unknown."""
 
 from dataclasses import fields, replace

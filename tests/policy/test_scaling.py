@@ -223,8 +223,22 @@ def test_pods_that_cannot_be_scheduled_are_no_supply_and_do_not_block():
     facts = pool(4, ready=2, unschedulable=2, rps_per_replica=1.0)
     calm = one(observe(facts, load(2, running=9), arrivals=1.6))
     assert calm.desired == 4
-    assert calm.binding is Binding.HOLD_PENDING
+    assert calm.binding is not Binding.HOLD_PENDING
     assert one(observe(facts, load(2, running=20, waiting=40), arrivals=5.0)).desired == 7
+
+
+def test_a_replica_that_no_node_has_room_for_goes_when_the_load_has_gone():
+    """K1: otherwise two such tiers keep each other's accelerators for ever."""
+    facts = pool(4, ready=3, unschedulable=1)
+    decided = tier_decision(observe(facts, load(3, running=3), memory=low_for(LONG)))
+    assert decided.decisions[0].desired == 3
+
+
+def test_the_last_answers_of_a_burst_are_no_proof_that_more_replicas_are_futile():
+    """The engines are empty already, the window still tells of the queue."""
+    waited = {"e2e": latencies(TTFT, 90.0, each=100), "queue_time": latencies(TTFT, 80.0, each=100)}
+    seen = load(2, running=1, ttft=latencies(TTFT, 80.0, each=100), rate=1.6, **waited)
+    assert one(observe(pool(2), seen)).binding is not Binding.INFEASIBLE
 
 
 def test_saturated_engines_correct_a_model_that_promises_too_much():
@@ -397,7 +411,6 @@ def test_a_restart_of_the_operator_restarts_the_hold():
     [
         ("S13: a rollout is under way", pool(4, rolling=True), load(4, running=3)),
         ("replicas are starting", pool(4, ready=3, pending=1), load(3, running=3)),
-        ("replicas cannot be scheduled", pool(4, ready=3, unschedulable=1), load(3, running=3)),
     ],
 )
 def test_what_is_under_way_comes_first(why, facts, seen):

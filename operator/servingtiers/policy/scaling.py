@@ -78,6 +78,8 @@ _STEADY_SHARE = 0.8
 """A window tells of full engines where its mean batch was at least this share of the batch of now."""
 _LEAST_OF_MODEL = 0.5
 """Engines seen for less than a full window are not believed to do less than this share of what the model says."""
+_QUEUED_SECONDS = 1.0
+"""A longer mean time in the queue says that requests of the window were not alone."""
 _DEFAULT_IDLE_SECONDS = 900.0
 _UNKNOWN_STARTUP_HOLD = 300.0
 _NO_LIMIT = 1_000_000
@@ -217,11 +219,20 @@ class _View:
 
     @property
     def alone(self) -> bool:
-        """Every replica serves one request at most and nothing waits: load cannot be spread any thinner."""
+        """Every replica serves one request at most and nothing waits: load cannot be spread any thinner.
+
+        The percentiles are of the window, so it must hold for the window too: the last answers of a burst come when
+        the engines are empty already.
+        """
         running, waiting = number(self.load.running), number(self.load.waiting)
         if running is None or waiting is None or self.pool.ready < 1 or not self.load.coverage.complete:
             return False
-        return waiting == 0 and running <= self.pool.ready
+        if waiting > 0 or running > self.pool.ready or (self.running_mean or 0.0) > self.pool.ready:
+            return False
+        queue = self.load.queue_time
+        # Decode engines queue while the KV cache is on its way, whatever their number.
+        queued = isinstance(queue, Histogram) and (queue.mean or 0.0) > _QUEUED_SECONDS
+        return self.pool.role is PoolRole.DECODE or not queued
 
     @property
     def drain_seconds(self) -> float:
@@ -788,13 +799,11 @@ def _shrink_blocker(view: _View, fewer: int, floor: int) -> tuple[Binding, str, 
             f"Holds at {pool.replicas}: a rollout is under way.",
             "The end of the rollout.",
         )
-    if view.coming or pool.unschedulable:
-        what = f"{view.coming} replicas are starting" if view.coming else ""
-        if pool.unschedulable:
-            what += (" and " if what else "") + f"{pool.unschedulable} cannot be scheduled"
+    # Replicas that cannot be scheduled serve nobody: they are the first to go and no reason to keep the others.
+    if view.coming:
         return (
             Binding.HOLD_PENDING,
-            f"Holds at {pool.replicas}: {what}; {_describe(view)}.",
+            f"Holds at {pool.replicas}: {view.coming} replicas are starting; {_describe(view)}.",
             "Replicas that are ready.",
         )
 
