@@ -176,6 +176,12 @@ def test_the_time_of_even_steps_is_found_whenever_the_streams_began(ms, steps, s
         assert found == pytest.approx(ms, rel=1e-6)
 
 
+def test_an_error_inside_a_stream_is_told():
+    body = b'data: {"error": {"message": "Token id 495 is out of vocabulary", "code": 400}}\n\n'
+    with pytest.raises(ProfilingError, match=r"out of vocabulary.*lower --vocabulary"):
+        Stream(0.0, [(0.1, body)]).progress()
+
+
 def test_bytes_cut_anywhere_are_the_same_stream():
     whole = _stream([0.1, 0.2, 0.3], counted=True)
     data = b"".join(chunk for _, chunk in whole.reads)

@@ -25,7 +25,7 @@ import aiohttp
 
 from servingtiers.performance.tables import StepRow
 
-__all__ = ["EngineProfiler", "Grid", "Measured", "ProfilingError", "Stream"]
+__all__ = ["VOCABULARY", "EngineProfiler", "Grid", "Measured", "ProfilingError", "Stream"]
 
 _WARM_STEPS = 4
 """Steps at the beginning and the end of a window that are not counted: the batch is not complete there."""
@@ -33,8 +33,8 @@ _LEAST_STEPS = 8
 """Steps a window must hold."""
 _BLOCK = 64
 """Tokens of a primed prompt that a prefix cache may have to compute again: a block."""
-_FIRST_ID, _LAST_ID = 1000, 20_000
-"""Token ids that prompts are drawn from: plain text in every published vocabulary."""
+VOCABULARY = 20_000
+"""Token ids below this are in every published vocabulary; the lowest twentieth holds special tokens and is left out."""
 
 
 class ProfilingError(RuntimeError):
@@ -130,6 +130,13 @@ class Stream:
                 if not text.startswith(b"data:") or text.endswith(b"[DONE]"):
                     continue
                 body = json.loads(text[5:])
+                if body.get("error"):  # vLLM says so inside a stream that began with 200
+                    told = body["error"]
+                    told = told.get("message", told) if isinstance(told, dict) else told
+                    raise ProfilingError(
+                        f"the engine refused a request ({told}): shorten what is measured, or lower --vocabulary where it "
+                        "says so"
+                    )
                 usage = body.get("usage") or {}
                 self.prompt_tokens = int(usage.get("prompt_tokens") or self.prompt_tokens)
                 self.output_tokens = int(usage.get("completion_tokens") or self.output_tokens)
@@ -158,6 +165,7 @@ class EngineProfiler:
         api_key: Sent as a bearer token.
         timeout: Of one request, seconds.
         progress: Called with a line for each point.
+        vocabulary: Size of the vocabulary that prompts are drawn from.
         seed: Of the random token ids.
     """
 
@@ -169,6 +177,7 @@ class EngineProfiler:
         api_key: str | None = None,
         timeout: float = 300.0,
         progress: Callable[[str], None] = lambda _: None,
+        vocabulary: int = VOCABULARY,
         seed: int = 0,
     ) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
@@ -176,6 +185,7 @@ class EngineProfiler:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = timeout
         self._say = progress
+        self._vocabulary = vocabulary
         self._draw = random.Random(seed)  # noqa: S311 - token ids of a measurement, no secret
         self._session: aiohttp.ClientSession | None = None
         self._sent = 0
@@ -231,10 +241,11 @@ class EngineProfiler:
                     left_out.append(f"decode, batch {batch}, context {context}: {reason}")
                 else:
                     batches.append(batch)
-            found, missed = await self._decode(batches, context, grid.window)
+            found, missed = await self._decode(batches, context, grid.window, longest)
             rows += found
             left_out += missed
 
+        lone = min((row.ms for row in rows if row.batch == 1), default=0.0)
         overhead = await self._overhead(rows, grid.repeats)
         for tokens in sorted(set(grid.prompts)):
             if tokens > step_budget:
@@ -243,19 +254,19 @@ class EngineProfiler:
                 left_out.append(f"prefill, {tokens} tokens: more than the maximum length of {longest}")
             else:
                 first = await self._fastest_first_token(tokens, grid.repeats)
-                ms = max(1e3 * first - overhead, 1e-3)
+                ms = max(1e3 * first - overhead, lone, 1e-3)  # no prompt takes less than one token
                 rows.append(StepRow("prefill", 0, 0, tokens, ms))
                 self._say(f"prefill of {tokens:>6} tokens: {ms:8.2f} ms")
 
         if grid.mixed:
-            found, missed = await self._all_mixed(rows, grid, step_budget)
+            found, missed = await self._all_mixed(rows, grid, step_budget, longest)
             rows += found
             left_out += missed
         return Measured(tuple(rows), tuple(left_out), capacity, engine, overhead, self._busy, self._sent)
 
     # -- points -------------------------------------------------------------------------------------------
     async def _decode(
-        self, batches: Sequence[int], context: int, window: int
+        self, batches: Sequence[int], context: int, window: int, longest: int | None
     ) -> tuple[list[StepRow], list[str]]:
         """Measure decode steps at one context: prompts are computed once and then found in the prefix cache."""
         rows: list[StepRow] = []
@@ -273,7 +284,8 @@ class EngineProfiler:
                 ms = window_ms(streams)
                 if ms is not None:
                     break
-                tokens *= 4  # without a prefix cache the first sequences are far ahead of the last
+                # Without a prefix cache the first sequences are far ahead of the last.
+                tokens = min(4 * tokens, longest - length if longest is not None else 4 * tokens)
             if ms is None:
                 left_out.append(
                     f"decode, batch {batch}, context {context}: the engine did not run all at once "
@@ -301,10 +313,14 @@ class EngineProfiler:
         return min(found)
 
     async def _all_mixed(
-        self, rows: Sequence[StepRow], grid: Grid, step_budget: int
+        self, rows: Sequence[StepRow], grid: Grid, step_budget: int, longest: int | None
     ) -> tuple[list[StepRow], list[str]]:
         """Measure steps that compute a prompt beside sequences as long as it."""
-        batch, found, left_out = grid.middle_batch, [], []
+        found: list[StepRow] = []
+        left_out: list[str] = []
+        # The middle of those that ran: beside the largest there may be no seat for one more request.
+        measured = sorted({row.batch for row in rows if row.kind == "decode"})
+        batch = measured[(len(measured) - 1) // 2] if measured else grid.middle_batch
         for context in sorted(set(grid.contexts)):
             key = ("decode", batch, context)
             alone = next((row.ms for row in rows if (row.kind, row.batch, row.context) == key), None)
@@ -314,7 +330,7 @@ class EngineProfiler:
             elif context + batch > step_budget:
                 left_out.append(f"{what}: more than a step of {step_budget}")
             else:
-                ms = await self._mixed(batch, context, alone, grid)
+                ms = await self._mixed(batch, context, alone, grid, longest)
                 if ms is None:
                     left_out.append(
                         f"{what}: the batch was not complete, or the server bundles tokens (--stream-interval) without "
@@ -325,13 +341,17 @@ class EngineProfiler:
                     self._say(f"{context} tokens beside {batch} sequences of {context}: {ms:8.2f} ms")
         return found, left_out
 
-    async def _mixed(self, batch: int, context: int, alone_ms: float, grid: Grid) -> float | None:
+    async def _mixed(
+        self, batch: int, context: int, alone_ms: float, grid: Grid, longest: int | None
+    ) -> float | None:
         """Return the time of a step that computes a prompt beside a batch, ms."""
         length = max(context - grid.window, 1)
         prompts = [self._prompt(length) for _ in range(batch)]
         for prompt in prompts:
             await self._complete(prompt, 1)
         tokens = grid.window * (grid.repeats + 2) + batch // 4
+        if longest is not None:
+            tokens = min(tokens, longest - length)
         background = asyncio.gather(*(self._complete(prompt, tokens) for prompt in prompts))
         pauses: list[tuple[float, float]] = []
         try:
@@ -358,7 +378,7 @@ class EngineProfiler:
 
     # -- requests -----------------------------------------------------------------------------------------
     def _prompt(self, tokens: int) -> list[int]:
-        return [self._draw.randint(_FIRST_ID, _LAST_ID) for _ in range(tokens)]
+        return [self._draw.randrange(self._vocabulary // 20, self._vocabulary) for _ in range(tokens)]
 
     async def _together(self, prompts: Sequence[list[int]], tokens: int) -> list[Stream]:
         cpu, wall = time.process_time(), time.perf_counter()

@@ -52,6 +52,13 @@ _BUSY = 0.7
     "--max-num-seqs", type=click.IntRange(min=1), help="The engine's limit; larger batches are left out."
 )
 @click.option("--kv-capacity-tokens", type=click.IntRange(min=1), help="Asked of the engine when left out.")
+@click.option(
+    "--vocabulary",
+    type=click.IntRange(min=100),
+    default=20_000,
+    show_default=True,
+    help="Token ids that prompts are drawn from; less only for toy models.",
+)
 @click.option("--max-requests", type=int, default=2000, show_default=True, help="Refuse to send more.")
 @click.option(
     "--timeout", type=click.FloatRange(min=1.0), default=300.0, show_default=True, help="Of a request, s."
@@ -75,6 +82,7 @@ def command(
     budget: int,
     max_num_seqs: int | None,
     kv_capacity_tokens: int | None,
+    vocabulary: int,
     max_requests: int,
     timeout: float,
     api_key: str | None,
@@ -105,7 +113,15 @@ def command(
             raise ValueError(f"{output.parent} is no directory: create it, or choose another --output")
     click.echo(f"measuring {model} at {url}: up to {grid.requests} requests", err=True)
     measured = _measure(
-        url, model, grid, budget, max_num_seqs, kv_capacity_tokens, timeout=timeout, api_key=api_key
+        url,
+        model,
+        grid,
+        budget,
+        max_num_seqs,
+        kv_capacity_tokens,
+        timeout=timeout,
+        api_key=api_key,
+        vocabulary=vocabulary,
     )
     text = profile_csv(measured, model)
     for reason in measured.left_out:
@@ -136,12 +152,18 @@ def _measure(
     *,
     timeout: float,
     api_key: str | None,
+    vocabulary: int,
 ) -> Measured:
     from servingtiers.adapters.profiler import EngineProfiler, ProfilingError
 
     async def run() -> Measured:
         profiler = EngineProfiler(
-            url, model, api_key=api_key, timeout=timeout, progress=lambda line: click.echo(line, err=True)
+            url,
+            model,
+            api_key=api_key,
+            timeout=timeout,
+            vocabulary=vocabulary,
+            progress=lambda line: click.echo(line, err=True),
         )
         async with profiler:
             return await profiler.measure(
