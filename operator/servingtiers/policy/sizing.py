@@ -35,13 +35,12 @@ from servingtiers.performance.planner import (
     share_of,
 )
 from servingtiers.performance.select import DoesNotFitError, kv_capacity_tokens, step_model
-from servingtiers.performance.steps import GridStepModel, StepModel
+from servingtiers.performance.steps import GridStepModel
 from servingtiers.performance.workload import length_cv_from_p95
 
 __all__ = [
     "Carried",
     "Engine",
-    "FullEngine",
     "Lengths",
     "Missed",
     "WeightChoice",
@@ -49,12 +48,10 @@ __all__ = [
     "carried",
     "demand_of",
     "engine_of",
-    "full_engine",
     "keeps_its_pace",
     "kv_dtype",
     "lengths",
     "lengths_seen",
-    "meets",
     "memory_share",
     "objectives_of",
     "parallelisms",
@@ -141,17 +138,6 @@ class Carried:
     """A request of two tokens on the idle engine: how slow it is."""
     load: float
     """Sequences decoding at that rate, on average."""
-
-
-@dataclass(frozen=True, slots=True)
-class FullEngine:
-    """An engine whose batch is always full: the slowest and busiest it gets."""
-
-    tpot: float
-    """Seconds per output token."""
-    ttft: float
-    """Seconds from admission to the first token of a p95 prompt; waiting in the queue comes on top."""
-    requests_per_second: float
 
 
 def shape_of(name: str) -> ModelShape | None:
@@ -466,65 +452,3 @@ def keeps_its_pace(engine: Engine, demand: Demand, objectives: tuple[Objective, 
         if takes > each.target_ms:
             return False
     return True
-
-
-def full_engine(
-    step: StepModel, batch: int, asked: Lengths, budget: int | None, role: PoolRole
-) -> FullEngine:
-    """Return how an engine does with ``batch`` sequences always in flight.
-
-    In the steady state every finished sequence is followed by a new prompt, so a step that advances ``batch``
-    sequences by one token also computes ``batch × prompt / output`` prompt tokens, as far as the token budget
-    allows; where it does not, prompts are the bottleneck and set the rate. A prefill engine computes prompts only,
-    one after the other; a decode engine gets them computed.
-
-    Args:
-        step: Time of one engine step.
-        batch: Sequences in flight.
-        asked: Lengths of the requests.
-        budget: Token budget of one step; None: no limit.
-        role: What the engine does.
-    """
-    fresh = asked.prompt * (1.0 - asked.prefix_hit)
-    past = asked.prompt * asked.prefix_hit
-    longest = max(asked.prompt_p95 * (1.0 - asked.prefix_hit), 1.0)
-    if role is PoolRole.PREFILL:
-        seconds = step.step_ms(max(fresh, 1.0), past, 0, 0) / 1e3
-        return FullEngine(0.0, step.step_ms(longest, past, 0, 0) / 1e3, 1.0 / seconds)
-    kv = batch * (asked.prompt + asked.output / 2.0)
-    if role is PoolRole.DECODE:
-        seconds = step.step_ms(0, 0, batch, kv) / 1e3
-        return FullEngine(seconds, seconds, batch / (asked.output * seconds))
-    limit = max((budget or 1_000_000) - batch, 1.0)
-    wanted = batch * fresh / asked.output
-    new = min(wanted, limit)
-    seconds = step.step_ms(new, past, batch, kv) / 1e3
-    rate = batch / (asked.output * seconds)
-    if wanted > limit:
-        rate = new / (max(fresh, 1.0) * seconds)
-    chunks = max(longest / limit, 1.0)
-    ttft = chunks * step.step_ms(min(longest, limit), past, batch, kv) / 1e3
-    return FullEngine(seconds, ttft, rate)
-
-
-def meets(result: FullEngine, goals: Targets, asked: Lengths, role: PoolRole, tail: float) -> str | None:
-    """Return the first objective that an engine breaks, such as ``ttft.p99``; None where it meets all of them.
-
-    Args:
-        result: How the engine does.
-        goals: The objectives.
-        asked: Lengths of the requests.
-        role: What the engine does: a decode engine cannot break TTFT, a prefill engine has no TPOT.
-        tail: Factor by which the mean must stay below an objective on a percentile.
-    """
-    for (metric, percentile), seconds in sorted(goals.seconds.items()):
-        match metric:
-            case "ttft":
-                takes = 0.0 if role is PoolRole.DECODE else result.ttft
-            case "e2e":
-                takes = result.ttft + asked.output * result.tpot
-            case _:
-                takes = result.tpot
-        if takes * tail > seconds:
-            return f"{metric}.{percentile}"
-    return None
