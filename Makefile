@@ -42,7 +42,7 @@ control-plane: setup ## Fetch or build the control plane's binaries (cached)
 
 .PHONY: test
 test: setup control-plane ## The default suite: pure tests and the API-server ring
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	@$(BIN)/python -m pytest -n 4 --dist loadgroup -m "not slow"
 
 # -- checks ----------------------------------------------------------------------------------------------------
 
@@ -76,7 +76,7 @@ verify-generated: setup ## Fail where a generated file is out of step
 
 .PHONY: test-crash
 test-crash: setup control-plane ## SIGKILL the operator after every write of a create, a scale, a spec change and a delete
-	@$(BIN)/python -m pytest -s -m slow tests/ring/test_crash_process.py
+	@$(BIN)/python -m pytest -s -m slow tests/ring
 
 .PHONY: bench
 bench: bench-reconcile bench-model ## All benchmarks but the autoscaler study

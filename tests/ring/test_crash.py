@@ -7,7 +7,7 @@ with a real process and SIGKILL is ``make test-crash``.
 import pytest
 
 from ring.harness import CONFIG, Namespace, Silence, install_crd, settle
-from ring.workloads import WORKLOADS, differences, outcome, trajectory
+from ring.workloads import BASIC, WORKLOADS, differences, outcome, trajectory
 from servingtiers.adapters.cluster import Cluster
 from servingtiers.controller import Controller
 
@@ -50,10 +50,12 @@ async def run(plane, space, name, steps, dies_after=None):
                 controller = Controller(cluster, config, Silence())
                 await settle(controller, space.name, name)
         writes = cluster.writes
-    return writes, outcome(space, name), trajectory(plane.audit_records(since=position), name)
+    return writes, outcome(space, name), trajectory(plane.audit_records(since=position), space, name)
 
 
-@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize(
+    "workload", [w if w in BASIC else pytest.param(w, marks=pytest.mark.slow) for w in WORKLOADS]
+)
 async def test_dying_after_any_write_changes_neither_the_end_nor_the_way(control_plane, namespace, workload):
     """Every write of every workload is enumerated."""
     install_crd(control_plane)

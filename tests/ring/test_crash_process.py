@@ -84,7 +84,7 @@ async def run(plane, victim, space, name, steps, dies_after=None):
         await asyncio.to_thread(step, space, name)
         await settled(victim, space, name, gone=step.__name__ == "delete")
     assert victim.deaths == (dies_after is not None)
-    return victim.writes, outcome(space, name), trajectory(plane.audit_records(since=position), name)
+    return victim.writes, outcome(space, name), trajectory(plane.audit_records(since=position), space, name)
 
 
 @pytest.mark.parametrize(

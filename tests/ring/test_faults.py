@@ -117,6 +117,7 @@ async def test_a17_a_deletion_that_the_watch_missed_is_found_by_the_relist(ring)
         )
 
 
+@pytest.mark.slow
 async def test_an_api_server_that_restarts_is_outlived(control_plane, namespace, tmp_path):
     """The process goes on, or is restarted by its kubelet, and the tier is completed."""
     from servingtiers.lab.controlplane import ControlPlane

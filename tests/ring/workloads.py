@@ -73,6 +73,9 @@ WORKLOADS: dict[str, tuple[Step, ...]] = {
     "create and delete": (create, delete),
 }
 
+BASIC = ("create disaggregated", "scale", "change engine and model", "create and delete")
+"""Those of the default suite; the rest is enumerated by ``make test-crash``."""
+
 _NEVER_COMPARED = {
     "uid", "resourceVersion", "creationTimestamp", "generation", "managedFields", "clusterIP", "clusterIPs",
     "lastTransitionTime", "lastUpdateTime", "observedGeneration", "time", "deployment.kubernetes.io/revision",
@@ -116,13 +119,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def trajectory(records: list[Any], name: str) -> Counter[tuple[str, str, str]]:
+def trajectory(records: list[Any], space: Namespace, name: str) -> Counter[tuple[str, str, str]]:
     """Count accepted creations and deletions of each of a tier's objects."""
     return Counter(
         (record.verb, record.resource, record.name.replace(name, "TIER"))
         for record in records
         if record.verb in {"create", "delete"}
         and record.status < 300
+        and record.namespace == space.name
         and record.name.startswith(name)
         and not record.resource.endswith("events")
         and record.user in {"admin", "operator"}

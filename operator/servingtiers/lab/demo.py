@@ -130,7 +130,8 @@ def replayed(
     begun = 0.0
     while True:
         for request in trace:
-            at = begun + request.at / compress
+            # The division may end a rounding error beyond the next round.
+            at = begun + min(request.at / compress, seconds)
             if at > seconds + tail:
                 return
             if draw.random() * mean < _at(curve, at / seconds):
