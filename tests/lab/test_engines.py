@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import time
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,9 @@ from servingtiers.catalog.accelerators import accelerator
 from servingtiers.catalog.models import model
 from servingtiers.lab.engines import EngineConfig, EngineState, LabStepModel, SimulatedEngine, engine_flags
 
-ADDRESSES = (f"127.60.{worker}.{host}" for worker in itertools.count(1) for host in range(1, 250))
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+ADDRESSES = (f"127.{60 + _WORKER}.{block}.{host}" for block in itertools.count(1) for host in range(1, 250))
+"""Each process of a parallel run has its own."""
 
 
 @dataclass(frozen=True)

@@ -355,8 +355,9 @@ def test_kubectl_shows_what_matters_by_short_name_and_by_category(tiers: Tiers) 
     assert shown["ENDPOINT"] == "http://columns:8000"
 
 
-def test_kubectl_explains_every_field(tiers: Tiers) -> None:
+def test_kubectl_explains_every_field(tiers: Tiers, tmp_path: Path) -> None:
     """The attribute docstrings of the models reach the terminal."""
-    text = tiers.plane.kubectl("explain", "st.spec.pool.scaling.idleAfter")
+    # A cache of its own: another test's kubectl may have looked before the CRD was there.
+    text = tiers.plane.kubectl("explain", "st.spec.pool.scaling.idleAfter", f"--cache-dir={tmp_path}")
 
     assert "Scale to zero after this long without a request" in text
