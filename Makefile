@@ -25,10 +25,14 @@ $(STAMP): requirements/dev.txt pyproject.toml
 	@touch $@
 
 .PHONY: lock
-lock: ## Resolve the dependencies anew into requirements/dev.txt
+lock: ## Resolve the dependencies anew into requirements/
 	$(PYTHON) -m venv build/lock && build/lock/bin/pip install --quiet uv
 	build/lock/bin/uv pip compile --quiet pyproject.toml --all-extras --group test --group lint --group build --universal \
 	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -o requirements/dev.txt
+	build/lock/bin/uv pip compile --quiet pyproject.toml --universal -c requirements/dev.txt \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -o requirements/operator.txt
+	build/lock/bin/uv pip compile --quiet --group build --universal -c requirements/dev.txt \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -o requirements/build.txt
 
 # -- the two commands ------------------------------------------------------------------------------------------
 
@@ -40,8 +44,12 @@ demo: setup ## Three tiers on a real API server with simulated engines under rep
 control-plane: setup ## Fetch or build the control plane's binaries (cached)
 	@$(BIN)/python -m servingtiers.lab.binaries
 
+.PHONY: helm
+helm: setup ## Fetch or build Helm, for the chart's tests (cached)
+	@$(BIN)/python -m servingtiers.lab.helm
+
 .PHONY: test
-test: setup control-plane ## The default suite: pure tests and the API-server ring
+test: setup control-plane helm ## The default suite: pure tests and the API-server ring
 	@$(BIN)/python -m pytest -n 4 --dist loadgroup -m "not slow"
 
 # -- checks ----------------------------------------------------------------------------------------------------
