@@ -180,7 +180,7 @@ def prepare(places: Places) -> Programs:
     """
     if os.geteuid() != 0:
         raise ProgramsError(
-            "a node needs root (namespaces, mounts, cgroups): use sudo, or KUBECONFIG with --existing"
+            "a node needs root (namespaces, mounts, cgroups): use sudo"
         )
     places.cache.mkdir(parents=True, exist_ok=True)
     _debian_packages()
