@@ -179,9 +179,7 @@ def prepare(places: Places) -> Programs:
         ProgramsError: One cannot be had here.
     """
     if os.geteuid() != 0:
-        raise ProgramsError(
-            "a node needs root (namespaces, mounts, cgroups): use sudo"
-        )
+        raise ProgramsError("a node needs root (namespaces, mounts, cgroups): use sudo")
     places.cache.mkdir(parents=True, exist_ok=True)
     _debian_packages()
     node = _made(places.cache / f"node-{KUBERNETES_VERSION}", "kubelet and kube-proxy", _build_node_programs)
