@@ -96,9 +96,11 @@ def _leads(space: Namespace) -> bool:
 
 
 def _settle(plane: ControlPlane) -> None:
-    """Wait until the scheduler's verdicts on the pods have come back as conditions: ten seconds without a write."""
+    """Wait until what follows a creation is over: the scheduler's verdicts come back as conditions, and their wording
+    is a rounded value, which is written within a minute. Seventy seconds without a write say that it is done.
+    """
     last, since = plane.audit_position(), time.monotonic()
-    while time.monotonic() - since < 10:
+    while time.monotonic() - since < 70:
         time.sleep(1)
         if plane.audit_records(since=last, user="operator"):
             last, since = plane.audit_position(), time.monotonic()
