@@ -96,8 +96,9 @@ def _leads(space: Namespace) -> bool:
 
 
 def _settle(plane: ControlPlane) -> None:
-    """Wait until what follows a creation is over: the scheduler's verdicts come back as conditions, and their wording
-    is a rounded value, which is written within a minute. Seventy seconds without a write say that it is done.
+    """Wait until what follows a creation is over: seventy seconds without a write.
+
+    The scheduler's verdicts come back as conditions, whose wording is a rounded value and written within a minute.
     """
     last, since = plane.audit_position(), time.monotonic()
     while time.monotonic() - since < 70:
