@@ -7,9 +7,15 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from servingtiers.lab.binaries import BinariesError
 from servingtiers.lab.controlplane import Connection, ControlPlane, shared_control_plane
+
+# The suite gives the same verdict on the same tree; HYPOTHESIS_EXPLORE=1 searches at random for new examples.
+settings.register_profile("same", derandomize=True)
+if not os.environ.get("HYPOTHESIS_EXPLORE"):
+    settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")
