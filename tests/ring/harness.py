@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from servingtiers.adapters.cluster import Cluster
+from servingtiers.api.crd import crd_document
 from servingtiers.controller import Controller
 from servingtiers.core.config import OperatorConfig
 from servingtiers.core.signals import TierLoad
@@ -64,19 +65,29 @@ def tier(name: str = "chat", **spec: Any) -> dict[str, Any]:
     }
 
 
-def install_crd(ring: ControlPlane) -> None:
-    """Apply the generated CRD and wait until it serves."""
-    ring.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
+def install_crd(plane: ControlPlane) -> None:
+    """Apply the CRD and return when it is served."""
+    crd = crd_document()
+    path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd['metadata']['name']}"
+    connection = plane.connection()
+    connection.request(
+        "PATCH",
+        f"{path}?fieldManager=servingtiers-tests&force=true",
+        crd,
+        content_type="application/apply-patch+yaml",
+    )
     deadline = time.monotonic() + 30
-    while True:
-        try:
-            ring.connection().request("GET", "/apis/servingtiers.io/v1alpha1/servingtiers?limit=1")
-        except ApiError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-        else:
-            return
+    while time.monotonic() < deadline:
+        conditions = connection.request("GET", path)["status"].get("conditions") or []  # null at first
+        if any(one["type"] == "Established" and one["status"] == "True" for one in conditions):
+            try:
+                connection.request("GET", "/apis/servingtiers.io/v1alpha1/servingtiers?limit=1")
+            except ApiError:
+                pass  # established a moment ago, not served yet
+            else:
+                return
+        time.sleep(0.1)
+    raise TimeoutError(f"the API server does not serve the CRD: {conditions}")
 
 
 def grant(plane: ControlPlane, namespace: str, user: str = "operator") -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ring.harness import install_crd
 from servingtiers.api import API_VERSION, KIND, PLURAL, ServingTierSpec, ServingTierStatus
 from servingtiers.api.crd import crd_document
 from servingtiers.lab.controlplane import ApiError, ControlPlane
@@ -45,31 +45,6 @@ def tier(name: str, **patch: Any) -> dict[str, Any]:
         "metadata": {"name": name, "namespace": NAMESPACE},
         "spec": merged(smallest, patch),
     }
-
-
-def install(plane: ControlPlane) -> None:
-    """Apply the CRD and return when it is served."""
-    crd = crd_document()
-    path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd['metadata']['name']}"
-    connection = plane.connection()
-    connection.request(
-        "PATCH",
-        f"{path}?fieldManager=servingtiers-tests&force=true",
-        crd,
-        content_type="application/apply-patch+yaml",
-    )
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        conditions = connection.request("GET", path)["status"].get("conditions") or []  # null at first
-        if any(one["type"] == "Established" and one["status"] == "True" for one in conditions):
-            try:
-                connection.request("GET", TIERS.partition("?")[0])
-            except ApiError:
-                pass  # established a moment ago, not served yet
-            else:
-                return
-        time.sleep(0.1)
-    raise TimeoutError(f"the API server does not serve the CRD: {conditions}")
 
 
 class Tiers:
@@ -119,7 +94,7 @@ class Tiers:
 @pytest.fixture(scope="module")
 def tiers(control_plane: ControlPlane) -> Tiers:
     """Return access to the tiers of an API server that has the CRD of the models, as they are now."""
-    install(control_plane)
+    install_crd(control_plane)
     return Tiers(control_plane)
 
 

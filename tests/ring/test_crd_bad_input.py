@@ -5,7 +5,6 @@ bounds, empty, too long, other scripts, a NUL byte, an unknown field, a missing 
 """
 
 import re
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from ring.harness import install_crd
 from servingtiers.api import API_VERSION, KIND, PLURAL, ServingTier
 from servingtiers.api.base import DURATION_PATTERN
 from servingtiers.api.crd import crd_document
@@ -147,33 +147,8 @@ ONLY_CEL = {"far too long a duration"}
 @pytest.fixture(scope="module")
 def server(control_plane: ControlPlane) -> Connection:
     """Return a connection to an API server that has the CRD of the models, as they are now."""
-    install(control_plane)
+    install_crd(control_plane)
     return control_plane.connection()
-
-
-def install(plane: ControlPlane) -> None:
-    """Apply the CRD and return when it is served."""
-    crd = crd_document()
-    path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd['metadata']['name']}"
-    connection = plane.connection()
-    connection.request(
-        "PATCH",
-        f"{path}?fieldManager=servingtiers-tests&force=true",
-        crd,
-        content_type="application/apply-patch+yaml",
-    )
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        conditions = connection.request("GET", path)["status"].get("conditions") or []  # null at first
-        if any(one["type"] == "Established" and one["status"] == "True" for one in conditions):
-            try:
-                connection.request("GET", TIERS.partition("?")[0])
-            except ApiError:
-                pass  # established a moment ago, not served yet
-            else:
-                return
-        time.sleep(0.1)
-    raise TimeoutError(f"the API server does not serve the CRD: {conditions}")
 
 
 def document(spec: object) -> dict[str, Any]:
