@@ -82,6 +82,13 @@ class PoolFacts:
     that began before it still tell of the smaller pool."""
     rps_per_replica: float | None = None
     """Requests per second that the performance model says one replica carries at the SLO; None: unknown."""
+    lent: int = 0
+    """Ready replicas of its own that another tier holds, or that are on their way there or back."""
+    borrowed: int = 0
+    """Ready engines of other tiers that this pool's routers select. Telemetry tells of the engines a pool holds:
+    ``ready - lent + borrowed``."""
+    borrowed_share: float = 1.0
+    """What a borrowed engine carries of what one of its own does: its batch and step budget are its home's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +130,8 @@ class Decision:
     """Why less (or more) was decided than wanted, e.g. maxReplicas; None when nothing limited it."""
     signals: dict[str, str] = field(default_factory=dict)
     """Rounded inputs, for people."""
+    needed: int | None = None
+    """Replicas that the load of now calls for, whoever owns them: before bounds, holds and pacing. None: not known."""
 
 
 @dataclass(frozen=True, slots=True)
