@@ -157,6 +157,10 @@ class PoolMemory(_Part):
     """When replicas were last removed."""
     idle_since: Time | None = None
     """Since when no request has come, proved."""
+    spare_since: Time | None = None
+    """Since when fewer borrowed engines would have sufficed, on complete data."""
+    spare_peak: int | None = None
+    """Most engines needed since then."""
     startup_seconds: Annotated[
         list[int], Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "atomic"})
     ] = []

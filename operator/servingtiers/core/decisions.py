@@ -53,6 +53,12 @@ class Binding(StrEnum):
     IDLE = "Idle"
     WAKE = "Wake"
     STEADY = "Steady"
+    BORROWED = "Borrowed"
+    """Engines of other tiers serve what would else be started, or go back before any of its own is stopped."""
+    LENT = "Lent"
+    """Engines that are lent, or kept for a tier that expects to need them, are neither replaced nor stopped."""
+    MAX_ACCELERATORS = "MaxAccelerators"
+    """The TierPool has no accelerator left."""
     INFEASIBLE = "Infeasible"
     """More replicas would not help: one request alone misses the objective."""
 
@@ -122,7 +128,10 @@ class Decision:
 
     pool: str
     current: int
+    """Replicas of the pool's Deployment."""
     desired: int
+    """Replicas that its Deployment should have, with what is lent and borrowed as it is: ``desired - current`` is what
+    the pool lacks, or can do without, beside the engines that serve it."""
     reason: str
     binding: Binding
     would_change: str

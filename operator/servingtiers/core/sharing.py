@@ -14,6 +14,8 @@ from servingtiers.core.signals import Signal, Unknown
 
 __all__ = ["Group", "GroupDecision", "Relabel", "SharedEngine"]
 
+_NOT_MEASURED = Unknown("not measured")
+
 
 @dataclass(frozen=True, slots=True)
 class SharedEngine:
@@ -27,14 +29,15 @@ class SharedEngine:
     holder: str | None
     """Key of the tier whose routers select it; None: it is leaving its last holder, or waits for the next."""
     bound_for: str | None
-    """Key of the tier that it is on its way to while it has no holder; None otherwise."""
+    """Key of the tier that it is on its way to while it has no holder; None otherwise. Without either it goes home."""
     ready: bool
     leaving: bool = False
     """It is being deleted: it can no longer be lent."""
-    in_flight: Signal = Unknown("not measured")
+    in_flight: Signal = _NOT_MEASURED
     """Requests running and waiting in it, of whatever tier."""
     held_seconds: float | None = None
-    """Seconds since its routing label was last changed; None: never changed, or not known."""
+    """Seconds since its routing label was last changed; None: never changed, or not known. An engine without a holder
+    counts as drained only by requests in flight that were read after the change: ``in_flight`` carries their age."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class Group:
 
     tiers: tuple[TierObservation, ...]
     engines: tuple[SharedEngine, ...] = ()
-    """Engines of all members."""
+    """Engines whose home is a member. One whose holder is no member is called home."""
     max_accelerators: int | None = None
     """Most accelerators that all members may hold together; None: no limit."""
 

@@ -140,6 +140,25 @@ def decide(observations: tuple[TierObservation, ...], now: float) -> tuple[TierD
     return tuple(_decide_tier(observation, now) for observation in observations)
 
 
+def _as_served(pool: PoolFacts) -> PoolFacts:
+    """Return a pool as it serves: with the engines that it holds, whoever owns them."""
+    more = pool.borrowed - pool.lent
+    if not more:
+        return pool
+    bounds = {
+        "min_replicas": max(0, pool.scaling.min_replicas + more),
+        "max_replicas": max(0, pool.scaling.max_replicas + more),
+    }
+    return replace(
+        pool,
+        scaling=pool.scaling.model_copy(update=bounds),
+        replicas=max(0, pool.replicas + more),
+        ready=max(0, pool.ready + more),
+        lent=0,
+        borrowed=0,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Need:
     """Replicas that one signal calls for."""
@@ -343,6 +362,8 @@ class _View:
 
 
 def _decide_tier(obs: TierObservation, now: float) -> TierDecision:
+    owned = {pool.name: pool for pool in obs.pools}
+    obs = replace(obs, pools=tuple(_as_served(pool) for pool in obs.pools))
     views = tuple(_view(obs, pool) for pool in obs.pools)
     acting = acts(obs.spec.scaling.mode, suspended=obs.spec.suspend)
     may_sleep = all(view.pool.scaling.min_replicas == 0 for view in views)
@@ -371,8 +392,17 @@ def _decide_tier(obs: TierObservation, now: float) -> TierDecision:
             return 2 if decision.desired < decision.current else 0
         return 1
 
-    decisions = tuple(sorted((decision for decision, _ in outcomes), key=order))
+    decisions = tuple(
+        _of_deployment(decision, owned[decision.pool])
+        for decision in sorted((decision for decision, _ in outcomes), key=order)
+    )
     return TierDecision(obs.key, decisions, memory)
+
+
+def _of_deployment(decision: Decision, pool: PoolFacts) -> Decision:
+    """Return a decision about the engines that serve as one about the replicas of the pool's own Deployment."""
+    change = decision.desired - decision.current
+    return replace(decision, current=pool.replicas, desired=max(0, pool.replicas + change))
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,6 +467,7 @@ def _asleep(view: _View, obs: TierObservation) -> tuple[Decision, PoolMemory]:
             Binding.WAKE,
             f"Wakes from zero: {seen}.",
             "It sleeps again after idleAfter without a request.",
+            needed=1,
         ), remembered
     if isinstance(unserved, Unknown):
         return _decision(
@@ -452,6 +483,7 @@ def _asleep(view: _View, obs: TierObservation) -> tuple[Decision, PoolMemory]:
         Binding.IDLE,
         "Sleeps at zero: no request has come to the routers.",
         "One request to the tier's endpoint wakes it.",
+        needed=0,
     ), remembered
 
 
@@ -469,6 +501,8 @@ def _serving(
     def done(decision: Decision, **update: str | int | None) -> tuple[Decision, PoolMemory]:
         kept: dict[str, str | int | None] = {"low_since": None, "low_peak": None}
         kept["idle_since"] = None if idle.since is None else to_time(idle.since)
+        calls = need is not None or _missing(view) is None
+        decision = replace(decision, needed=(need.replicas if need is not None else 0) if calls else None)
         return decision, view.memory.model_copy(update=kept | update)
 
     if idle.over(now) and idle.since is not None:
@@ -988,6 +1022,7 @@ def _decision(
     would_change: str,
     *,
     limited: str | None = None,
+    needed: int | None = None,
 ) -> Decision:
     return Decision(
         pool=view.pool.name,
@@ -998,6 +1033,7 @@ def _decision(
         would_change=would_change,
         limited=limited,
         signals=_signals(view),
+        needed=needed,
     )
 
 

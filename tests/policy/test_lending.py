@@ -1,0 +1,578 @@
+# the names of the tests are the sentences
+"""Who lends which engine to whom, one decision at a time, and over many of them in a row."""
+
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from servingtiers.api.spec import PoolScaling, ServingTierSpec
+from servingtiers.api.status import PoolMemory
+from servingtiers.core.decisions import (
+    Binding,
+    Decision,
+    PoolFacts,
+    PoolRole,
+    Targets,
+    TierDecision,
+    TierObservation,
+)
+from servingtiers.core.sharing import Group, GroupDecision, SharedEngine
+from servingtiers.core.signals import Coverage, Load, RouterLoad, Signal, TierLoad, Unknown, Value, Zero
+from servingtiers.core.times import to_time
+from servingtiers.policy.lending import OVERLAP_SHARE, RETURN_HOLD_SECONDS, STAY_SECONDS, decide
+
+NOW = 1_800_000_000.0
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One member in few words."""
+
+    name: str
+    tier: str = "Latency"
+    priority: int = 100
+    needed: int | None = 1
+    desired: int | None = None
+    """What scaling wants of the Deployment; by default what is needed beside what serves."""
+    min_keep: int = 1
+    max_borrowed: int = 4
+    mode: str = "Auto"
+    suspend: bool = False
+    shares: bool = True
+    complete: bool = True
+    share: float = 1.0
+    min_replicas: int = 1
+    memory: PoolMemory = field(default_factory=PoolMemory)
+    binding: Binding = Binding.STEADY
+    tensor_parallel: int = 1
+
+
+CHAT = Tier("chat", priority=200)
+BATCH_TIER = Tier("batch", tier="Throughput", priority=10)
+
+
+def engine(
+    uid: str,
+    home: str,
+    holder: str | None = "home",
+    *,
+    bound_for: str | None = None,
+    flight: float | Signal = 20.0,
+    held: float | None = None,
+    ready: bool = True,
+    leaving: bool = False,
+) -> SharedEngine:
+    if isinstance(flight, (int, float)):
+        flight = Value(float(flight)) if flight else Zero()
+    return SharedEngine(
+        uid=uid,
+        name=f"pod-{uid}",
+        home=f"llm/{home}",
+        holder=f"llm/{home}" if holder == "home" else None if holder is None else f"llm/{holder}",
+        bound_for=None if bound_for is None else f"llm/{bound_for}",
+        ready=ready,
+        leaving=leaving,
+        in_flight=flight,
+        held_seconds=held,
+    )
+
+
+def group(
+    tiers: list[Tier], engines: list[SharedEngine], *, limit: int | None = None
+) -> tuple[Group, tuple[TierDecision, ...]]:
+    observations, decided = [], []
+    for tier in tiers:
+        key = f"llm/{tier.name}"
+        own = [e for e in engines if e.home == key and not e.leaving]
+        ready = [e for e in own if e.ready]
+        lent = sum(e.holder != key for e in ready)
+        borrowed = sum(e.holder == key and e.home != key and e.ready and not e.leaving for e in engines)
+        facts = PoolFacts(
+            name="pool",
+            role=PoolRole.AGGREGATED,
+            scaling=PoolScaling(min_replicas=tier.min_replicas, max_replicas=16),
+            replicas=len(own),
+            ready=len(ready),
+            pending=len(own) - len(ready),
+            max_num_seqs=BATCH,
+            lent=lent,
+            borrowed=borrowed,
+            borrowed_share=tier.share,
+        )
+        shared = {
+            "name": "p",
+            "priority": tier.priority,
+            "minKeep": tier.min_keep,
+            "maxBorrowed": tier.max_borrowed,
+        }
+        spec = {
+            "tier": tier.tier,
+            "model": {"name": "m"},
+            "scaling": {"mode": tier.mode},
+            "suspend": tier.suspend,
+            "pool": {"hardware": {"tensorParallel": tier.tensor_parallel}},
+        }
+        if tier.shares:
+            spec["sharedPool"] = shared
+        load = Load(
+            60.0, Coverage(len(ready) - (not tier.complete), len(ready)), running=Value(5.0), waiting=Zero()
+        )
+        observations.append(
+            TierObservation(
+                key=key,
+                spec=ServingTierSpec.model_validate(spec),
+                targets=Targets(),
+                pools=(facts,),
+                load=TierLoad({"pool": load}, RouterLoad(Coverage(1, 1), Value(1.0), Zero())),
+                memory={"pool": tier.memory},
+            )
+        )
+        desired = tier.desired
+        if desired is None:
+            serving = len(ready) - lent + borrowed + facts.pending
+            desired = max(0, len(own) + (0 if tier.needed is None else max(0, tier.needed - serving)))
+        decision = Decision(
+            "pool", len(own), desired, "scaling says so.", tier.binding, "another load", needed=tier.needed
+        )
+        memory = tier.memory
+        if desired > len(own):
+            memory = memory.model_copy(update={"last_scale_up": to_time(NOW)})
+        decided.append(TierDecision(key, (decision,), {"pool": memory}))
+    return Group(tuple(observations), tuple(engines), limit), tuple(decided)
+
+
+def run(tiers: list[Tier], engines: list[SharedEngine], *, limit: int | None = None) -> GroupDecision:
+    found = decide(*group(tiers, engines, limit=limit), NOW)
+    assert all(relabel.reason for relabel in found.relabels)
+    return found
+
+
+def moves(found: GroupDecision) -> list[tuple[str, str | None, str | None]]:
+    def short(key: str | None) -> str | None:
+        return None if key is None else key.removeprefix("llm/")
+
+    return [(r.uid, short(r.holder), short(r.bound_for)) for r in found.relabels]
+
+
+def replicas(found: GroupDecision) -> list[int]:
+    return [decision.desired for tier in found.tiers for decision in tier.decisions]
+
+
+# --- borrowing --------------------------------------------------------------------------------------------------
+
+
+def test_the_engine_with_the_least_in_flight_leaves_for_the_tier_that_lacks_one():
+    engines = [
+        engine("c", "chat"),
+        *(engine(u, "batch", flight=f) for u, f in (("1", 60), ("2", 40), ("3", 50))),
+    ]
+    found = run([replace(CHAT, needed=2), replace(BATCH_TIER, needed=3)], engines)
+    assert moves(found) == [("2", None, "chat")]
+    assert "can wait" in found.relabels[0].reason
+    assert replicas(found) == [1, 3], "it moves instead of starting"
+    assert found.tiers[0].decisions[0].binding is Binding.BORROWED
+    assert found.tiers[0].memory["pool"].last_scale_up is None
+
+
+def test_an_idle_engine_goes_over_in_one_step():
+    found = run(
+        [replace(CHAT, needed=2), replace(BATCH_TIER, needed=0)],
+        [engine("c", "chat"), engine("1", "batch", flight=0), engine("2", "batch")],
+    )
+    assert moves(found) == [("1", "chat", None)]
+
+
+@pytest.mark.parametrize(
+    ("what", "chat", "batch", "engines"),
+    [
+        ("nothing is lacking", {"needed": 1}, {}, {}),
+        ("what is needed is not known", {"needed": None, "desired": 2}, {}, {}),
+        ("an equal priority is never drained", {"priority": 10}, {}, {}),
+        ("a higher priority is never drained", {"priority": 5}, {}, {}),
+        ("minKeep stays", {}, {"min_keep": 2}, {}),
+        ("maxBorrowed is reached", {"max_borrowed": 0}, {}, {}),
+        ("the borrower only recommends", {"mode": "Recommend"}, {}, {}),
+        ("the lender only recommends", {}, {"mode": "Recommend"}, {}),
+        ("the borrower is suspended", {"suspend": True}, {}, {}),
+        ("the lender is suspended", {}, {"suspend": True}, {}),
+        ("the borrower shares nothing", {"shares": False}, {}, {}),
+        ("what they have in flight is not known", {}, {}, {"flight": Unknown("no answer")}),
+        ("what they have in flight is known in part", {}, {}, {"flight": Value(3.0, partial=True)}),
+        ("they are not ready", {}, {}, {"ready": False}),
+        ("they are being deleted", {}, {}, {"leaving": True}),
+        ("they came only now", {}, {}, {"held": STAY_SECONDS - 1}),
+    ],
+)  # fmt: skip
+def test_nothing_moves_where(what, chat, batch, engines):
+    tiers = [replace(CHAT, **({"needed": 3} | chat)), replace(BATCH_TIER, **({"needed": 0} | batch))]
+    found = run(tiers, [engine("c", "chat"), *(engine(u, "batch", **engines) for u in "12")])
+    assert not found.relabels, what
+    wanted = tiers[0].desired or tiers[0].needed
+    soon = 1 if "only now" in what else 0
+    assert found.tiers[0].decisions[0].desired == wanted - soon, "what no move gives, now or soon, is started"
+
+
+def test_a_tier_that_serves_users_lends_only_what_it_does_not_need():
+    second = Tier("docs", tier="Balanced", priority=50, needed=2)
+    engines = [engine("c", "chat"), *(engine(u, "docs") for u in "123")]
+    found = run([replace(CHAT, needed=4), second], engines)
+    assert moves(found) == [("1", None, "chat")]
+    assert replicas(found) == [3, 3], "one moves, two start"
+    assert not run([replace(CHAT, needed=4), replace(second, complete=False)], engines).relabels
+
+
+def test_what_is_not_needed_goes_before_what_is_at_work_and_the_least_important_first():
+    engines = [engine("c", "chat"), *(engine(u, "batch", flight=9) for u in "12"), *(engine(u, "docs", flight=60) for u in "34"), *(engine(u, "mail", flight=60) for u in "56")]  # fmt: skip
+    tiers = [
+        replace(CHAT, needed=3),
+        replace(BATCH_TIER, needed=2),
+        Tier("docs", tier="Balanced", priority=50),
+        Tier("mail", tier="Balanced", priority=40),
+    ]
+    assert [uid for uid, *_ in moves(run(tiers, engines))] == ["5", "3"]
+
+
+def test_the_most_important_tier_is_served_first_and_may_take_what_another_has_borrowed():
+    tiers = [replace(CHAT, needed=2), Tier("docs", priority=100, needed=3), replace(BATCH_TIER, needed=1)]
+    engines = [
+        engine("c", "chat"),
+        engine("d", "docs"),
+        engine("1", "batch", "docs", held=90),
+        engine("2", "batch"),
+    ]
+    assert moves(run(tiers, engines)) == [("1", None, "chat")], "minKeep holds the other one"
+
+
+def test_a_borrowed_engine_counts_as_what_it_carries():
+    engines = [engine("c", "chat"), *(engine(u, "batch") for u in "1234")]
+    assert len(moves(run([replace(CHAT, needed=2, share=0.5), BATCH_TIER], engines))) == 2
+
+
+def test_engines_that_are_starting_do_not_serve_but_their_start_is_not_repeated():
+    engines = [
+        engine("c", "chat"),
+        engine("d", "chat", ready=False),
+        engine("1", "batch"),
+        engine("2", "batch"),
+    ]
+    found = run([replace(CHAT, needed=2), BATCH_TIER], engines)
+    assert moves(found) == [("1", None, "chat")]
+    assert replicas(found)[0] == 2
+
+
+# --- on the way -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flight", "held", "enters"),
+    [
+        (Zero(), 10.0, True),
+        (Zero(age=9.0), 10.0, False),  # read before its routers had let it go
+        (Value(OVERLAP_SHARE * BATCH), 10.0, True),
+        (Value(OVERLAP_SHARE * BATCH + 1), 10.0, False),
+        (Value(1.0, partial=True), 10.0, False),
+        (Unknown("no answer"), 10.0, False),
+        (Unknown("no answer"), 200.0, False),
+    ],
+)
+def test_it_enters_when_it_is_drained(flight, held, enters):
+    engines = [engine("c", "chat"), engine("1", "batch"), engine("2", "batch", None, bound_for="chat", flight=flight, held=held)]  # fmt: skip
+    found = run([replace(CHAT, needed=2), BATCH_TIER], engines)
+    assert moves(found) == ([("2", "chat", None)] if enters else [])
+    assert replicas(found) == [1, 2], "while it comes nothing is started"
+
+
+@pytest.mark.parametrize(
+    ("what", "changes", "moved"),
+    [
+        ("not drained in minutes", {"held": 301.0}, ("2", None, "batch")),
+        ("bound for nobody", {"bound_for": None, "flight": 0, "held": 9.0}, ("2", "batch", None)),
+        ("bound for nobody we know", {"bound_for": "gone", "held": 9.0}, ("2", None, "batch")),
+        ("on its way home for long", {"bound_for": "batch", "held": 61.0}, ("2", "batch", None)),
+    ],
+)
+def test_an_engine_without_a_holder_does_not_stay_so(what, changes, moved):
+    engines = [engine("c", "chat"), engine("1", "batch"), engine("2", "batch", None, **({"bound_for": "chat"} | changes))]  # fmt: skip
+    assert moves(run([CHAT, BATCH_TIER], engines)) == [moved], what
+
+
+# --- going home -------------------------------------------------------------------------------------------------
+
+
+def spared(seconds: float, peak: int) -> PoolMemory:
+    return PoolMemory(spare_since=to_time(NOW - seconds), spare_peak=peak)
+
+
+@pytest.mark.parametrize(
+    ("memory", "changes", "goes"),
+    [
+        (spared(RETURN_HOLD_SECONDS, 1), {}, True),
+        (spared(RETURN_HOLD_SECONDS - 1, 1), {}, False),
+        (PoolMemory(), {}, False),
+        (spared(RETURN_HOLD_SECONDS, 2), {}, False),
+        (spared(RETURN_HOLD_SECONDS, 1), {"complete": False}, False),
+        (spared(RETURN_HOLD_SECONDS, 1), {"needed": None}, False),
+        (spared(RETURN_HOLD_SECONDS, 1), {"needed": 2}, False),
+        (spared(RETURN_HOLD_SECONDS, 1), {"suspend": True}, False),
+        (PoolMemory(), {"mode": "Recommend"}, True),
+        (PoolMemory(), {"mode": "External"}, True),
+        (PoolMemory(), {"shares": False}, True),
+        (PoolMemory(), {"max_borrowed": 0}, True),
+    ],
+)
+def test_a_loan_ends_when_the_borrower_has_done_without_it(memory, changes, goes):
+    engines = [engine("c", "chat"), engine("1", "batch"), engine("2", "batch", "chat", held=200)]
+    found = run([replace(CHAT, needed=1, memory=memory) if not changes else replace(CHAT, memory=memory, **changes), BATCH_TIER], engines)  # fmt: skip
+    assert moves(found) == ([("2", None, "batch")] if goes else [])
+
+
+def test_the_wait_for_the_end_begins_with_the_first_moment_without_need_and_forgets_no_peak():
+    engines = [engine("c", "chat"), engine("1", "batch"), engine("2", "batch", "chat", held=200)]
+    found = run([replace(CHAT, needed=1), BATCH_TIER], engines)
+    assert found.tiers[0].memory["pool"].spare_since == to_time(NOW)
+    engines = [*engines, engine("3", "batch", "chat", held=200)]
+    kept = run([replace(CHAT, needed=1, memory=spared(30, 2)), BATCH_TIER], engines).tiers[0].memory["pool"]
+    assert (kept.spare_since, kept.spare_peak) == (to_time(NOW - 30), 2)
+    gone = run([replace(CHAT, needed=3, memory=spared(30, 2)), BATCH_TIER], engines).tiers[0].memory["pool"]
+    assert (gone.spare_since, gone.spare_peak) == (None, None)
+
+
+def test_a_home_that_cannot_wait_gets_back_what_it_needs():
+    docs = Tier("docs", tier="Balanced", priority=50, needed=2)
+    engines = [engine("c", "chat"), engine("1", "docs"), engine("2", "docs", "chat", held=200)]
+    assert moves(run([replace(CHAT, needed=2), docs], engines)) == [("2", None, "docs")]
+    late = replace(docs, tier="Throughput")
+    assert not run([replace(CHAT, needed=2), late], engines).relabels, "work that can wait waits"
+
+
+def test_a_home_replaces_what_it_has_lent_only_when_all_it_owns_would_not_do():
+    engines = [engine("c", "chat"), engine("1", "batch"), engine("2", "batch", "chat", held=200)]
+    found = run([replace(CHAT, needed=2), replace(BATCH_TIER, needed=2)], engines)
+    assert replicas(found) == [1, 2]
+    assert found.tiers[1].decisions[0].binding is Binding.LENT
+    assert replicas(run([replace(CHAT, needed=2), replace(BATCH_TIER, needed=5)], engines)) == [1, 5]
+
+
+def test_what_is_borrowed_goes_back_before_own_engines_are_stopped():
+    engines = [
+        engine("c", "chat"),
+        engine("d", "chat"),
+        engine("0", "batch"),
+        engine("1", "batch", "chat", held=200),
+    ]
+    found = run([replace(CHAT, needed=1, desired=1), BATCH_TIER], engines)
+    assert replicas(found)[0] == 2
+    assert found.tiers[0].decisions[0].binding is Binding.BORROWED
+
+
+def test_a_home_stops_nothing_that_is_lent():
+    engines = [
+        engine("c", "chat"),
+        *(engine(u, "batch", "chat", held=200) for u in "12"),
+        engine("3", "batch"),
+    ]
+    found = run([replace(CHAT, needed=3), replace(BATCH_TIER, needed=0, desired=1)], engines)
+    assert replicas(found) == [1, 2]
+
+
+def test_what_a_tier_expects_to_need_is_kept_for_it_instead_of_started():
+    docs = Tier("docs", tier="Balanced", priority=50, needed=1, desired=1)
+    engines = [engine("c", "chat"), engine("1", "docs"), engine("2", "docs")]
+    found = run([replace(CHAT, needed=1, desired=2), docs], engines)
+    assert not found.relabels
+    assert replicas(found) == [1, 2]
+    assert "kept" in found.tiers[1].decisions[0].reason
+
+
+def test_the_minimum_is_started_whatever_is_lent():
+    engines = [engine("1", "batch"), engine("2", "batch")]
+    found = run([replace(CHAT, needed=1, desired=2, min_replicas=2), BATCH_TIER], engines)
+    assert replicas(found)[0] == 2
+
+
+def test_the_pools_accelerators_go_to_the_most_important_tier():
+    docs = Tier("docs", tier="Balanced", priority=50, needed=3, tensor_parallel=2)
+    engines = [engine("c", "chat"), engine("1", "docs")]
+    found = run([docs, replace(CHAT, needed=3, tensor_parallel=2)], [*engines], limit=9)
+    assert replicas(found) == [1, 3]
+    held_back = found.tiers[0].decisions[0]
+    assert held_back.binding is Binding.MAX_ACCELERATORS
+    assert "maxAccelerators 9" in held_back.limited
+    assert found.tiers[0].memory["pool"].last_scale_up is None
+
+
+def test_a_tier_alone_is_left_as_scaling_decided():
+    observed, decided = group([Tier("chat", shares=False, needed=3)], [])
+    assert decide(observed, decided, NOW) == GroupDecision(decided)
+
+
+def test_an_engine_whose_pool_was_left_goes_home():
+    engines = [engine("1", "batch"), engine("2", "batch", "chat", held=5)]
+    assert moves(run([replace(BATCH_TIER, shares=False)], engines)) == [("2", None, "batch")]
+
+
+# --- always -----------------------------------------------------------------------------------------------------
+
+_SIGNALS = st.one_of(
+    st.just(Unknown("no answer")),
+    st.builds(Zero, age=st.floats(0, 20)),
+    st.builds(Value, value=st.integers(1, 90).map(float), age=st.floats(0, 20), partial=st.booleans()),
+)
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> tuple[Group, tuple[TierDecision, ...]]:
+    names = ["a", "b", "c", "d"][: draw(st.integers(1, 4))]
+    counts = {name: draw(st.integers(0, 4)) for name in names}
+    tiers = [
+        Tier(
+            name,
+            tier=draw(st.sampled_from(["Latency", "Balanced", "Throughput"])),
+            priority=draw(st.integers(0, 3)),
+            needed=draw(st.one_of(st.none(), st.integers(0, 8))),
+            desired=draw(st.one_of(st.none(), st.integers(0, 8))),
+            min_keep=draw(st.integers(0, 3)),
+            max_borrowed=draw(st.integers(0, 4)),
+            mode=draw(st.sampled_from(["Auto", "Auto", "Auto", "Recommend", "External"])),
+            suspend=draw(st.integers(0, 7)) == 0,
+            shares=draw(st.integers(0, 7)) > 0,
+            complete=draw(st.integers(0, 4)) > 0,
+            share=draw(st.sampled_from([0.0, 0.5, 1.0])),
+            min_replicas=0,
+            memory=draw(
+                st.one_of(st.just(PoolMemory()), st.builds(spared, st.floats(0, 200), st.integers(0, 6)))
+            ),
+        )
+        for name in names
+    ]
+    engines = []
+    for name in names:
+        for index in range(counts[name]):
+            where = draw(st.sampled_from(["home", "home", "home", None, *names, "gone"]))
+            engines.append(
+                engine(
+                    f"{name}{index}",
+                    name,
+                    where,
+                    bound_for=draw(st.sampled_from([None, *names, "gone"])) if where is None else None,
+                    flight=draw(_SIGNALS),
+                    held=draw(st.one_of(st.none(), st.floats(0, 400))),
+                    ready=draw(st.integers(0, 4)) > 0,
+                    leaving=draw(st.integers(0, 6)) == 0,
+                )
+            )
+    return group(tiers, engines, limit=draw(st.one_of(st.none(), st.integers(1, 12))))
+
+
+@given(groups())
+def test_promises_hold_in_every_group(case):
+    observed, decided = case
+    found = decide(observed, decided, NOW)
+    assert decide(observed, decided, NOW) == found
+    backwards = replace(observed, engines=observed.engines[::-1])
+    assert decide(backwards, decided, NOW) == found, "the order in which pods are listed does not decide"
+
+    engines = {each.uid: each for each in observed.engines}
+    tiers = {each.key: each for each in observed.tiers}
+    active = {
+        key
+        for key, each in tiers.items()
+        if each.spec.shared_pool and each.spec.scaling.mode.value == "Auto" and not each.spec.suspend
+    }
+    assert len({relabel.uid for relabel in found.relabels}) == len(found.relabels), (
+        "one move at most for each"
+    )
+    after = {uid: (each.holder, each.bound_for) for uid, each in engines.items()}
+    for relabel in found.relabels:
+        one = engines[relabel.uid]
+        assert one.ready, "what does not serve is not moved"
+        assert not one.leaving
+        assert (relabel.holder is None) != (relabel.bound_for is None), "it has one holder, or one goal"
+        goal = relabel.holder or relabel.bound_for
+        after[relabel.uid] = (relabel.holder, relabel.bound_for)
+        if goal == one.home:
+            continue
+        assert goal in active
+        assert one.home in active
+        terms = {key: tiers[key].spec.shared_pool for key in (goal, one.home)}
+        if one.holder is not None:
+            assert terms[goal].priority > terms[one.home].priority, "an equal or higher one is never drained"
+            assert not isinstance(one.in_flight, Unknown), "no move begins blindly"
+            assert one.held_seconds is None or one.held_seconds >= STAY_SECONDS
+        if relabel.holder is not None:
+            known = one.in_flight
+            assert isinstance(known, Zero) or (
+                isinstance(known, Value) and not known.partial and known.value <= OVERLAP_SHARE * BATCH
+            )
+
+    usable = [each for each in engines.values() if each.ready and not each.leaving]
+    for key in active:
+        terms = tiers[key].spec.shared_pool
+
+        def kept(state: dict[str, tuple[str | None, str | None]], key: str = key) -> int:
+            return sum(state[each.uid][0] == key for each in usable if each.home == key)
+
+        def borrowed(state: dict[str, tuple[str | None, str | None]], key: str = key) -> int:
+            return sum(
+                (state[each.uid][0] or state[each.uid][1]) == key for each in usable if each.home != key
+            )
+
+        before = {uid: (each.holder, each.bound_for) for uid, each in engines.items()}
+        assert kept(after) >= min(terms.min_keep, kept(before)), "minKeep holds"
+        assert borrowed(after) <= max(terms.max_borrowed, borrowed(before)), "maxBorrowed holds"
+
+    total = sum(decision.current for tier in decided for decision in tier.decisions)
+    planned = sum(decision.desired for tier in found.tiers for decision in tier.decisions)
+    for observation, old, new in zip(observed.tiers, decided, found.tiers, strict=True):
+        (was,), (now) = old.decisions, new.decisions[0]
+        assert now.reason
+        low, high = sorted((was.current, was.desired))
+        assert low <= now.desired <= high, "lending only ever tempers what scaling decided"
+        if observation.key not in active:
+            assert now == was
+        lent = sum(e.home == observation.key and after[e.uid][0] != observation.key for e in usable)
+        assert now.desired >= min(was.current, lent) or observation.key not in active, (
+            "nothing lent is stopped"
+        )
+    if observed.max_accelerators is not None and len(active) == len(tiers) and planned > total:
+        assert planned <= max(observed.max_accelerators, total)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=10, max_size=60), st.integers(0, 2))
+def test_over_time_engines_move_for_bursts_and_come_home_without_thrash(course, keep):
+    """Fifteen seconds a step; ``course`` is what the latency tier needs, and whether everything is seen."""
+    engines = {
+        each.uid: each
+        for each in (engine("c", "chat"), *(engine(str(i), "batch", flight=40) for i in range(4)))
+    }
+    memory = PoolMemory()
+    went: dict[str, list[tuple[float, str]]] = {uid: [] for uid in engines}
+    now = NOW
+    calm = [(1, True)] * 20
+    for needed, complete in [*course, *calm]:
+        chat = replace(CHAT, needed=needed, complete=complete, memory=memory, max_borrowed=3)
+        observed, decided = group(
+            [chat, replace(BATCH_TIER, needed=4, min_keep=keep)], list(engines.values())
+        )
+        found = decide(observed, decided, now)
+        memory = found.tiers[0].memory["pool"]
+        for uid, each in engines.items():
+            held = None if each.held_seconds is None else each.held_seconds + 15.0
+            flight: Signal = Zero() if each.holder is None else Value(40.0)
+            engines[uid] = replace(each, held_seconds=held, in_flight=flight)
+        for relabel in found.relabels:
+            engines[relabel.uid] = replace(
+                engines[relabel.uid], holder=relabel.holder, bound_for=relabel.bound_for, held_seconds=0.0
+            )
+            if relabel.holder is not None:
+                went[relabel.uid].append((now, relabel.holder))
+        now += 15.0
+    assert all(each.holder == each.home for each in engines.values()), "after the burst everything is home"
+    for history in went.values():
+        for (one, where), (other, there) in pairwise(history):
+            assert where != there
+            assert other - one >= STAY_SECONDS, "no thrash"
