@@ -274,20 +274,25 @@ def command(
 
 
 def _list() -> None:
-    from servingtiers.simulate.rivals import RIVALS
+    from servingtiers.simulate.rivals import RIVALS, UNSHARED
 
-    click.echo("servingtiers      The operator's own policy code.")
+    click.echo(f"{'servingtiers':21} The operator's own policy code.")
+    click.echo(f"{UNSHARED:21} The same with lending between the tiers of a TierPool switched off.")
     for name, rival in RIVALS.items():
         summary = " ".join((rival.__doc__ or "").split("\n\n", maxsplit=1)[0].split())
-        click.echo(f"{name:17} {summary}")
-    click.echo("static-optimal    Limit: the fewest replicas, never changed, that keep violations at 1 %.")
-    click.echo("clairvoyant       Limit: fewest GPU-hours with every arrival and start-up known.")
+        click.echo(f"{name:21} {summary}")
+    click.echo(
+        f"{'static-optimal':21} Limit: the fewest replicas, never changed, that keep violations at 1 %."
+    )
+    click.echo(f"{'clairvoyant':21} Limit: fewest GPU-hours with every arrival and start-up known.")
 
 
 def _names(text: str) -> list[str]:
-    from servingtiers.simulate.rivals import POLICIES
+    from servingtiers.simulate.rivals import POLICIES, UNSHARED
 
-    names = list(POLICIES) if text == "all" else [each.strip() for each in text.split(",") if each.strip()]
+    # Without a TierPool it is the same as the operator's policy.
+    every = [name for name in POLICIES if name != UNSHARED]
+    names = every if text == "all" else [each.strip() for each in text.split(",") if each.strip()]
     unknown = [name for name in names if name not in POLICIES]
     if unknown or not names:
         raise InputError(f"--policy {', '.join(unknown) or text!r}: use {', '.join(POLICIES)} or all")
@@ -454,14 +459,18 @@ def _share(metric: str, score: Score) -> float:
 
 
 def _table(scores: Sequence[Score]) -> str:
-    """Return one row per policy, the mean over its seeds."""
+    """Return one row per policy and, where there are several, one for each of its tiers: the mean over its seeds."""
     columns = (
         "policy", "violations", "ttft", "tpot", "e2e", "worst 5 min", "GPU-hours", "÷ clairvoyant", "ups", "downs",
         "reversals", "rejected", "unfinished", "peak",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = [columns]
+    groups: list[tuple[str, Sequence[Score]]] = []
     for name in dict.fromkeys(score.policy for score in scores):
-        mine = [score for score in scores if score.policy == name]
+        own = [score for score in scores if score.policy == name]
+        groups.append((name, own))
+        groups.extend((f"  {key}", [score.tiers[key] for score in own]) for key in own[0].tiers)
+    for name, mine in groups:
 
         def mean(of: Callable[[Score], float], mine: Sequence[Score] = mine) -> float:
             return math.fsum(of(score) for score in mine) / len(mine)

@@ -46,7 +46,24 @@ def simulation_page(
         limits: Sweep of the clairvoyant by seed; None where it was not searched.
     """
     sections: list[tuple[str, Sequence[Text | Table | Figure]]] = [
-        ("", [_verdict(scores), Table(_COLUMNS, [_row(score) for score in scores], frozenset({"policy"}))]),
+        (
+            "",
+            [
+                _verdict(scores),
+                Table(
+                    _COLUMNS,
+                    [
+                        row
+                        for score in scores
+                        for row in (
+                            _row(score),
+                            *(_row(part, f"{score.policy}: {key}") for key, part in score.tiers.items()),
+                        )
+                    ],
+                    frozenset({"policy"}),
+                ),
+            ],
+        ),
     ]
     pareto = _pareto(scores, limits)
     sections.append(
@@ -81,6 +98,24 @@ def simulation_page(
                 [Table(columns, moves, frozenset({"policy", "pool", "binding", "reason"}))],
             )
         )
+    passages = [
+        (
+            result.policy,
+            f"{passage.time:.0f} s",
+            passage.engine,
+            passage.home,
+            passage.holder or f"(on its way to {passage.bound_for or passage.home})",
+            passage.reason,
+        )
+        for result in results
+        if result.seed == 0
+        for passage in result.passages
+    ]
+    if passages:
+        columns = ("policy", "time", "engine", "home", "holder", "reason")
+        sections.append(
+            ("Engines that changed hands", [Table(columns, passages, frozenset(columns) - {"time"})])
+        )
     traces = {outcome.plan.trace.name: outcome.plan.trace.origin for outcome in results[0].tiers}
     return Page(
         title="Simulated traffic against " + ", ".join(o.plan.spec.model.name for o in results[0].tiers),
@@ -104,10 +139,10 @@ def _verdict(scores: Sequence[Score]) -> Text:
     )
 
 
-def _row(score: Score) -> tuple[str, ...]:
+def _row(score: Score, name: str | None = None) -> tuple[str, ...]:
     over = score.gpu_hours_over_clairvoyant
     return (
-        score.policy,
+        name or score.policy,
         str(score.seed),
         f"{100 * score.violations:.2f} %",
         *(f"{100 * score.attainment[metric]:.2f} %" for metric in ("ttft", "tpot", "e2e")),

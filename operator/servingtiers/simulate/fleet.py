@@ -6,14 +6,19 @@ router. Times are seconds of the run; the trace begins at 0. A policy sees Unix 
 The order of one instant is fixed (engines first, then what happens to pods, then scrapes, then decisions), and all
 randomness comes from the seed by way of counters, so that a run is reproducible and two policies meet the same
 start-ups.
+
+Tiers of a namespace that name the same ``sharedPool`` lend each other engines: an engine's *home* is the pool that made
+it, its *holder* the one whose routing label it carries, and routers heed a label some seconds after it was set. What a
+lent engine still has of its last holder's requests it finishes beside the new holder's; metrics do not tell them apart,
+so such an engine says nothing usable to either.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
 from time import process_time
@@ -23,12 +28,13 @@ from numpy.typing import NDArray
 
 from servingtiers.api.status import PoolMemory
 from servingtiers.core.decisions import PoolFacts, PoolRole, TierDecision, TierObservation, acts
-from servingtiers.core.signals import Load, TierLoad
-from servingtiers.core.telemetry import PodTarget, PoolTargets, TierTargets
+from servingtiers.core.sharing import Group, Relabel, SharedEngine
+from servingtiers.core.signals import Load, Signal, TierLoad, Unknown, Value, Zero
+from servingtiers.core.telemetry import STALE_INTERVALS, PodTarget, PoolTargets, TierTargets
 from servingtiers.performance import engine_kernel as kernel
 from servingtiers.performance.engine_sim import PoolConfig, make_pool, make_requests
 from servingtiers.simulate import plant
-from servingtiers.simulate.policies import PodReadings, Policy, PoolReadings, TierReadings
+from servingtiers.simulate.policies import Lender, PodReadings, Policy, PoolReadings, TierReadings
 from servingtiers.simulate.scenario import Crash, PoolPlan, Scenario, TierPlan
 from servingtiers.simulate.telemetry import (
     HISTOGRAM_KEYS,
@@ -40,12 +46,14 @@ from servingtiers.simulate.telemetry import (
     bucket_bounds,
 )
 
-__all__ = ["EPOCH", "Fleet", "Move", "PoolHistory", "RunResult", "TierOutcome", "run"]
+__all__ = ["EPOCH", "Fleet", "Move", "Passage", "PoolHistory", "RunResult", "TierOutcome", "run"]
 
 EPOCH = 1_700_000_000.0
 """Unix time at which a run begins."""
 
 _STARTS_KEPT = 16
+_TENURE = 1_000_000
+"""More pods than a run ever has."""
 _ROUTES = {
     "round_robin": plant.ROUND_ROBIN,
     "power_of_two": plant.POWER_OF_TWO,
@@ -71,6 +79,20 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
+class Passage:
+    """A change of an engine's routing label."""
+
+    time: float
+    engine: str
+    home: str
+    """Key of the tier whose Deployment made it."""
+    holder: str | None
+    """Key of the tier whose routers select it from now on; None: nobody's."""
+    bound_for: str | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class PoolHistory:
     """One pool over the run, sampled at every scrape."""
 
@@ -78,11 +100,15 @@ class PoolHistory:
     time: NDArray[np.float64]
     replicas: NDArray[np.int64]
     ready: NDArray[np.int64]
+    """Engines that its router sends to, borrowed ones among them."""
+    borrowed: NDArray[np.int64]
+    """Of these, engines of other tiers."""
     waiting: NDArray[np.int64]
     in_flight: NDArray[np.int64]
     gpus: int
     gpu_seconds: float
-    """Accelerator time from node to release, start-up and drain included, until the trace ended."""
+    """Accelerator time from node to release, start-up and drain included, until the trace ended. A lent engine's is its
+    holder's, from the label on; on its way, its last holder's."""
     peak: int
     """Most replicas that held accelerators at once."""
 
@@ -111,8 +137,11 @@ class RunResult:
     """Seconds of the trace until which it ran."""
     warm_up: float
     """Seconds at the start that do not count."""
+    grace: float
+    """Seconds after it in which requests could still finish."""
     tiers: tuple[TierOutcome, ...]
     moves: tuple[Move, ...]
+    passages: tuple[Passage, ...]
     decisions: int
     decide_seconds: float
     """CPU seconds spent inside the policy, all decisions together."""
@@ -120,11 +149,18 @@ class RunResult:
     """False: the run was interrupted; figures are up to then."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Pod:
     serial: int
     row: int
     created: float
+    home: _Pool
+    holder: _Pool | None
+    """Whose routing label it carries."""
+    routed: _Pool | None
+    """Whose router sends to it: the label, as far as routers know."""
+    payer: _Pool
+    """Whose accelerator time it is."""
     on_node: float | None = None
     """When it got its node; None: it has none yet."""
     ready_at: float | None = None
@@ -135,15 +171,46 @@ class _Pod:
     restarts: int = 0
     released: float | None = None
     """When it gave its accelerators back."""
+    charged: float | None = None
+    """Until when its accelerator time is accounted for; None: nothing is."""
+    bound_for: _Pool | None = None
+    labelled: float | None = None
+    """When its routing label was last changed."""
+    tenures: int = 0
+    """How often it came to a new holder."""
+    in_flight: tuple[float, int] | None = None
+    """(when, requests) of the latest scrape that told."""
+
+    @property
+    def number(self) -> int:
+        """Identifies the pod with its holder: what it counted before it came here is no sample of here."""
+        return self.serial + _TENURE * self.tenures
 
     @property
     def name(self) -> str:
-        return f"engine-{self.serial}"
+        return f"engine-{self.number}"
+
+    @property
+    def since(self) -> float:
+        """When it became ready, or came to its holder."""
+        return max(self.ready_at or 0.0, self.labelled or 0.0)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Pool:
+    key: str
+    """Of its tier."""
     plan: PoolPlan
+    mates: list[_Pool]
+    """Pools that lend each other engines, this one among them; their requests, journal and state are the same arrays."""
+    kernels: plant.Pools
+    """Their kernel pools, in this order."""
+    index: int
+    """Its place among them."""
+    first_request: int
+    """Number of its tier's first request."""
+    blocks: NDArray[np.float64]
+    """KV blocks of each row."""
     state: kernel.Pool
     requests: kernel.Requests
     rows: plant.Rows
@@ -159,7 +226,7 @@ class _Pool:
     """(ready at, start-up seconds) of pods that became ready."""
     drift: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Row to (logarithm of its own speed, wander)."""
-    history: list[tuple[float, int, int, int, int]] = field(default_factory=list)
+    history: list[tuple[float, int, int, int, int, int]] = field(default_factory=list)
     sent: int = 0
     """Entries of the pool's queue that were sent."""
     gone_totals: NDArray[np.float64] = field(default_factory=lambda: np.zeros(7))
@@ -172,13 +239,26 @@ class _Pool:
         )
 
     @property
-    def serving(self) -> list[_Pod]:
+    def own(self) -> list[_Pod]:
+        """Its ready pods, whoever holds them."""
         return [pod for pod in self.pods if pod.ready and pod.leaving is None]
 
+    @property
+    def held(self) -> list[_Pod]:
+        """Ready pods that carry its routing label."""
+        return [pod for mate in self.mates for pod in mate.own if pod.holder is self]
+
+    @property
+    def serving(self) -> list[_Pod]:
+        """Ready pods that its router sends to."""
+        return [pod for mate in self.mates for pod in mate.own if pod.routed is self]
+
     def set_members(self) -> None:
-        members = [pod.row for pod in self.serving]
-        self.rows.members[: len(members)] = members
-        self.rows.state[0] = len(members)
+        """Tell the routers, its own and those it lends to, who is ready."""
+        for mate in self.mates:
+            members = [pod.row for pod in mate.serving]
+            mate.rows.members[: len(members)] = members
+            mate.rows.state[0] = len(members)
 
 
 @dataclass(slots=True)
@@ -196,7 +276,7 @@ class _Tier:
     dispatched: int = 0
 
 
-_READY, _GONE, _CRASH, _NODES, _SCRAPE, _SAMPLE, _DECIDE = range(7)
+_READY, _GONE, _CRASH, _NODES, _LABEL, _SCRAPE, _SAMPLE, _DECIDE = range(8)
 """Kinds of events; of the same instant the lower comes first."""
 
 
@@ -215,6 +295,7 @@ class Fleet:
         self.seed = seed
         self.now = 0.0
         self.moves: list[Move] = []
+        self.passages: list[Passage] = []
         self.decisions = 0
         self.decide_seconds = 0.0
         self._events: list[tuple[float, int, int, Callable[[], None]]] = []
@@ -222,7 +303,9 @@ class Fleet:
         self._serial = 0
         self._noise = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 0x0153])))
         self._watching_since: float | None = None
-        self._tiers = [self._tier(plan) for plan in scenario.tiers]
+        self._groups = [self._lay_out(plans) for plans in scenario.groups()]
+        made = {tier.plan.key: tier for group in self._groups for tier in group}
+        self._tiers = [made[plan.key] for plan in scenario.tiers]
         for tier in self._tiers:
             for pool in tier.pools:
                 for _ in range(pool.replicas):
@@ -231,79 +314,119 @@ class Fleet:
 
     # --- setting up ------------------------------------------------------------------------------------------
 
-    def _tier(self, plan: TierPlan) -> _Tier:
-        trace = plan.trace
-        count = len(trace)
-        times = trace.arrival * 1e3
-        cached = np.zeros(count, dtype=np.int64)
-        if plan.shared_prefix:
-            cached = trace.shared
-        elif plan.prefix_hit:
-            cached = np.floor(trace.prompt * plan.prefix_hit).astype(np.int64)
-        pools = [self._pool(plan, pool, times, cached) for pool in plan.pools]
-        return _Tier(
-            plan=plan,
-            pools=pools,
-            route=_ROUTES[plan.routing],
-            ids=np.arange(count, dtype=np.int64),
-            times=times,
-            router=RouterRecorder(self.scenario.window, self.scenario.scrape),
-            refused_early=np.zeros(count, dtype=bool),
-        )
+    def _lay_out(self, plans: Sequence[TierPlan]) -> list[_Tier]:
+        """Return tiers that lend each other engines; most often it is one."""
+        if len(plans) > 1:
+            _check_alike(plans)
+        starts = np.cumsum([0, *(len(plan.trace) for plan in plans)]).tolist()
+        times = [plan.trace.arrival * 1e3 for plan in plans]
+        shared = [_cached(plan) for plan in plans]
+        mates = [
+            self._pools(plans, [plan.pools[index] for plan in plans], starts, times, shared)
+            for index in range(len(plans[0].pools))
+        ]
+        return [
+            _Tier(
+                plan=plan,
+                pools=[each[place] for each in mates],
+                route=_ROUTES[plan.routing],
+                ids=np.arange(starts[place], starts[place + 1], dtype=np.int64),
+                times=times[place],
+                router=RouterRecorder(self.scenario.window, self.scenario.scrape),
+                refused_early=np.zeros(len(plan.trace), dtype=bool),
+            )
+            for place, plan in enumerate(plans)
+        ]
 
-    def _pool(
-        self, tier: TierPlan, plan: PoolPlan, times: NDArray[np.float64], cached: NDArray[np.int64]
-    ) -> _Pool:
-        trace = tier.trace
-        count = len(trace)
-        # Rows for the serving, and for as many that are draining or starting beside them.
-        rows = 2 * max(plan.scaling.max_replicas, 1) + 4
-        state = make_pool(PoolConfig(plan.model, plan.engine, replicas=rows))
-        output, shared = trace.output, cached
-        if plan.role is PoolRole.PREFILL:
+    def _pools(
+        self,
+        tiers: Sequence[TierPlan],
+        plans: Sequence[PoolPlan],
+        starts: Sequence[int],
+        times: Sequence[NDArray[np.float64]],
+        cached: Sequence[NDArray[np.int64]],
+    ) -> list[_Pool]:
+        """Return one pool of every tier: one plant, with a configuration and a router for each."""
+        role = plans[0].role
+        prompt = np.concatenate([tier.trace.prompt for tier in tiers])
+        output = np.concatenate([tier.trace.output for tier in tiers])
+        known = np.concatenate(cached)
+        if role is PoolRole.PREFILL:
             output = np.ones_like(output)
-        elif plan.role is PoolRole.DECODE:
-            shared = trace.prompt - 1
-        bounds = bucket_bounds(tier.max_model_len)
+        elif role is PoolRole.DECODE:
+            known = prompt - 1
+        count = len(prompt)
+        # Rows for the serving, and for as many that are draining or starting beside them.
+        each = [2 * max(plan.scaling.max_replicas, 1) + 4 for plan in plans]
+        edges = np.cumsum([0, *each]).tolist()
+        rows = edges[-1]
+        widest = max(plans, key=lambda plan: plan.engine.max_num_seqs)
+        state = make_pool(PoolConfig(widest.model, widest.engine, replicas=rows))
+        kernels = []
+        for plan in plans:
+            own = make_pool(PoolConfig(plan.model, plan.engine))
+            kernels.append(state._replace(config=own.config, table=own.table))
+        bounds = bucket_bounds(tiers[0].max_model_len)
         width = max(len(each) for each in bounds) + 1
         padded = np.full((len(HISTOGRAM_KEYS), width), np.inf)
-        for index, each in enumerate(bounds):
-            padded[index, : len(each)] = each
-        router_seed = int(np.random.SeedSequence([self.seed, 0x40C7]).generate_state(1)[0])
+        for index, found in enumerate(bounds):
+            padded[index, : len(found)] = found
         nan = np.full(count, np.nan)
-        return _Pool(
-            plan=plan,
-            state=state,
-            requests=make_requests(times, trace.prompt, output, cached=shared),
-            rows=plant.Rows(
-                members=np.zeros(rows, dtype=np.int64),
-                state=np.array(
-                    [0, 0, router_seed, 0, plan.max_queued, int(tier.shared_prefix)], dtype=np.int64
-                ),
-                tau0=np.zeros(rows),
-                real0=np.zeros(rows),
-                rate=np.ones(rows),
-                counters=np.zeros((rows, plant.COUNTERS), dtype=np.int64),
-                buckets=np.zeros((rows, plant.HISTOGRAMS, width), dtype=np.int64),
-                sums=np.zeros((rows, plant.HISTOGRAMS)),
-                itl_seen=np.zeros((rows, kernel.ITL_BINS), dtype=np.int64),
-                bounds=padded,
-            ),
-            journal=plant.Journal(
-                row=np.full(count, plant.UNSENT, dtype=np.int64),
-                seen=np.zeros(count, dtype=np.int64),
-                scheduled=nan.copy(),
-                first=nan.copy(),
-                last=nan.copy(),
-                sent=nan.copy(),
-                open=np.zeros(count + 1, dtype=np.int64),
-                open_count=np.zeros(2, dtype=np.int64),
-                closed=np.zeros(count + 1, dtype=np.int64),
-            ),
-            recorder=PoolRecorder(bounds, self.scenario.window, self.scenario.scrape),
-            free=list(range(rows - 1, -1, -1)),
-            replicas=self._first_replicas(tier, plan),
+        requests = make_requests(np.concatenate(times), prompt, output, cached=known)
+        journal = plant.Journal(
+            row=np.full(count, plant.UNSENT, dtype=np.int64),
+            seen=np.zeros(count, dtype=np.int64),
+            scheduled=nan.copy(),
+            first=nan.copy(),
+            last=nan.copy(),
+            sent=nan.copy(),
+            open=np.zeros(count + 1, dtype=np.int64),
+            open_count=np.zeros(2, dtype=np.int64),
+            closed=np.zeros(count + 1, dtype=np.int64),
         )
+        home = np.repeat(np.arange(len(plans)), each)
+        blocks = np.array([float(own.config[kernel.BLOCKS]) for own in kernels])[home]
+        tau0, real0, rate = np.zeros(rows), np.zeros(rows), np.ones(rows)
+        counters = np.zeros((rows, plant.COUNTERS), dtype=np.int64)
+        buckets = np.zeros((rows, plant.HISTOGRAMS, width), dtype=np.int64)
+        sums = np.zeros((rows, plant.HISTOGRAMS))
+        itl_seen = np.zeros((rows, kernel.ITL_BINS), dtype=np.int64)
+        router_seed = int(np.random.SeedSequence([self.seed, 0x40C7]).generate_state(1)[0])
+        mates: list[_Pool] = []
+        for place, (tier, plan) in enumerate(zip(tiers, plans, strict=True)):
+            mates.append(
+                _Pool(
+                    key=tier.key,
+                    plan=plan,
+                    mates=mates,
+                    kernels=tuple(kernels),
+                    index=place,
+                    first_request=starts[place],
+                    blocks=blocks,
+                    state=kernels[place],
+                    requests=requests,
+                    rows=plant.Rows(
+                        members=np.zeros(rows, dtype=np.int64),
+                        home=home,
+                        state=np.array(
+                            [0, 0, router_seed, 0, plan.max_queued, int(tier.shared_prefix)], dtype=np.int64
+                        ),
+                        tau0=tau0,
+                        real0=real0,
+                        rate=rate,
+                        counters=counters,
+                        buckets=buckets,
+                        sums=sums,
+                        itl_seen=itl_seen,
+                        bounds=padded,
+                    ),
+                    journal=journal,
+                    recorder=PoolRecorder(bounds, self.scenario.window, self.scenario.scrape),
+                    free=list(range(edges[place + 1] - 1, edges[place] - 1, -1)),
+                    replicas=self._first_replicas(tier, plan),
+                )
+            )
+        return mates
 
     def _first_replicas(self, tier: TierPlan, plan: PoolPlan) -> int:
         given = tier.initial.get(plan.name)
@@ -381,7 +504,7 @@ class Fleet:
         delay = self.scenario.front_end_ms
         before, lost = first.sent, int(first.rows.state[3])
         first.sent = plant.dispatch(
-            first.state,
+            first.kernels,
             first.requests,
             first.rows,
             first.journal,
@@ -415,7 +538,7 @@ class Fleet:
             times = np.array([at for at, _ in due])
             lost = int(second.rows.state[3])
             plant.dispatch(
-                second.state,
+                second.kernels,
                 second.requests,
                 second.rows,
                 second.journal,
@@ -450,7 +573,7 @@ class Fleet:
             raise RuntimeError(
                 f"pool {pool.plan.name} has more pods at once than twice its maxReplicas: lower the drain timeout"
             )
-        pod = _Pod(self._serial, pool.free.pop(), self.now)
+        pod = _Pod(self._serial, pool.free.pop(), self.now, pool, pool, pool, pool)
         self._serial += 1
         pool.pods.append(pod)
         if at_start:
@@ -556,7 +679,7 @@ class Fleet:
     def _gone(self, pool: _Pool, pod: _Pod) -> None:
         if pod not in pool.pods:
             return
-        self._charge(pool, pod, self.now if pod.released is None else pod.released)
+        self._charge(pod, self.now if pod.released is None else pod.released)
         pool.gone_totals += self._totals(pool, pod.row)
         pool.pods.remove(pod)
         pool.free.append(pod.row)
@@ -566,10 +689,11 @@ class Fleet:
         pool.set_members()
         self._bind()
 
-    def _charge(self, pool: _Pool, pod: _Pod, end: float) -> None:
+    def _charge(self, pod: _Pod, end: float) -> None:
         if pod.on_node is not None:
-            since = max(pod.on_node, self.scenario.warm_up)
-            pool.gpu_seconds += max(end - since, 0.0) * pool.plan.gpus
+            since = max(pod.on_node if pod.charged is None else pod.charged, self.scenario.warm_up)
+            pod.payer.gpu_seconds += max(end - since, 0.0) * pod.home.plan.gpus
+            pod.charged = end
 
     def _crash(self, crash: Crash) -> None:
         for tier in self._tiers:
@@ -578,7 +702,7 @@ class Fleet:
             for pool in tier.pools:
                 if crash.pool not in {"", pool.plan.name}:
                     continue
-                serving = pool.serving
+                serving = pool.own
                 if not serving:
                     continue
                 self._look()
@@ -609,14 +733,18 @@ class Fleet:
                 ints, counters = pool.state.ints, pool.rows.counters
                 waiting = int(ints[rows, kernel.WAITING].sum())
                 running = int(ints[rows, kernel.RUNNING].sum())
-                pool.history.append((self.now, pool.replicas, len(serving), waiting, waiting + running))
+                borrowed = sum(pod.home is not pool for pod in serving)
+                pool.history.append(
+                    (self.now, pool.replicas, len(serving), borrowed, waiting, waiting + running)
+                )
                 serial = np.full(len(ints), -1, dtype=np.int64)
-                serial[rows] = [pod.serial for pod in serving]
+                telling = serving if len(pool.mates) == 1 else self._telling(pool)
+                serial[[pod.row for pod in telling]] = [pod.number for pod in telling]
                 scalars = np.column_stack(
                     [
                         ints[:, kernel.RUNNING],
                         ints[:, kernel.WAITING],
-                        1.0 - ints[:, kernel.BLOCKS_FREE] / float(pool.state.config[kernel.BLOCKS]),
+                        1.0 - ints[:, kernel.BLOCKS_FREE] / pool.blocks,
                         counters[:, plant.DONE],
                         counters[:, plant.PROMPT],
                         counters[:, plant.ITL_COUNT] + counters[:, plant.FIRST],
@@ -636,6 +764,21 @@ class Fleet:
                 )
             tier.router.add(self.now, tier.dispatched, tier.unserved, paired=paired, faults=faults)
         self._wander()
+
+    def _telling(self, pool: _Pool) -> list[_Pod]:
+        """Return the pods that carry the pool's label and whose samples tell of its requests alone."""
+        journal = pool.journal
+        open_ = journal.open[: journal.open_count[0]]
+        ends = np.array([mate.first_request for mate in pool.mates[1:]])
+        foreign = open_[np.searchsorted(ends, open_, side="right") != pool.index]
+        mixed = set(journal.row[foreign].tolist())
+        held = {fault.kind for fault in self.scenario.metric_faults if fault.active(self.now)}
+        if not held & {FaultKind.DOWN, FaultKind.EMPTY, FaultKind.RENAMED, FaultKind.NAN, FaultKind.INFINITE}:
+            ints = pool.state.ints
+            for pod in pool.own:
+                flight = int(ints[pod.row, kernel.INJECTED] - ints[pod.row, kernel.FINISHED])
+                pod.in_flight = self.now, flight
+        return [pod for pod in pool.held if pod.row not in mixed]
 
     def _wander(self) -> None:
         """Let every engine's speed wander a little."""
@@ -690,7 +833,7 @@ class Fleet:
                         pods=None
                         if blind
                         else PodReadings(
-                            serial=np.array([pod.serial for pod in serving], dtype=np.int64),
+                            serial=np.array([pod.number for pod in serving], dtype=np.int64),
                             running=ints[:, kernel.RUNNING].astype(np.float64),
                             waiting=ints[:, kernel.WAITING].astype(np.float64),
                             kv_tokens=used.astype(np.float64),
@@ -737,43 +880,45 @@ class Fleet:
         targets = []
         rows = []
         for pool in tier.pools:
-            serving = pool.serving
-            pods = tuple(
-                PodTarget(pod.name, "10.0.0.1", 8000, EPOCH + (pod.ready_at or 0.0)) for pod in serving
-            )
+            held = pool.held
+            pods = tuple(PodTarget(pod.name, "10.0.0.1", 8000, EPOCH + pod.since) for pod in held)
             targets.append(PoolTargets(pool.plan.name, pool.plan.role, pool.replicas, pods))
-            rows.append([pod.row for pod in serving])
+            rows.append([pod.row for pod in held])
         namespace, _, name = tier.plan.key.rpartition("/")
         whole = TierTargets(
             namespace or "default", name, tuple(targets), (PodTarget("router-0", "10.0.0.2", 29000),)
         )
-        held = {fault.kind for fault in self.scenario.metric_faults if fault.active(self.now)}
-        router = tier.router.load(whole, self.now, held)
+        faults = {fault.kind for fault in self.scenario.metric_faults if fault.active(self.now)}
+        router = tier.router.load(whole, self.now, faults)
         loads = {
-            pool.plan.name: pool.recorder.load(target, row, now=now, routers=router, held=held)
+            pool.plan.name: pool.recorder.load(target, row, now=now, routers=router, held=faults)
             for pool, target, row in zip(tier.pools, targets, rows, strict=True)
         }
         return TierLoad(loads, router)
 
     def _facts(self, pool: _Pool, load: Load | None) -> PoolFacts:
-        serving = pool.serving
+        own, held = pool.own, pool.held
         unschedulable = sum(pod.on_node is None and pod.leaving is None for pod in pool.pods)
         staying = sum(pod.leaving is None for pod in pool.pods)
         starts = [seconds for _, seconds in pool.started[-_STARTS_KEPT:]] or pool.memory.startup_seconds
-        since = [pod.ready_at for pod in serving if pod.ready_at is not None]
+        since = [pod.since for pod in held if pod.ready_at is not None]
+        borrowed = [pod for pod in held if pod.home is not pool]
         return PoolFacts(
             name=pool.plan.name,
             role=pool.plan.role,
             scaling=pool.plan.scaling,
             replicas=pool.replicas,
-            ready=len(serving),
-            pending=max(staying - len(serving) - unschedulable, 0),
+            ready=len(own),
+            pending=max(staying - len(own) - unschedulable, 0),
             unschedulable=unschedulable,
             terminating=sum(pod.leaving is not None for pod in pool.pods),
             max_num_seqs=pool.plan.engine.max_num_seqs,
             startup_seconds=median(starts) if starts else None,
             settled_seconds=max(0.0, self.now - max(since)) if since else None,
             rps_per_replica=pool.plan.operator.rps(load),
+            lent=sum(pod.holder is not pool for pod in own),
+            borrowed=len(borrowed),
+            borrowed_share=_share_of(pool, borrowed, load),
         )
 
     def _decide(self) -> None:
@@ -785,13 +930,93 @@ class Fleet:
         observations = tuple(self.observation(tier) for tier in self._tiers)
         begin = process_time()
         decided = self.policy.decide(observations, EPOCH + self.now)
+        relabels: list[Relabel] = []
+        if isinstance(self.policy, Lender) and self.policy.lends:
+            by_tier = {each.key: each for each in observations}
+            for members in self._groups:
+                keys = [tier.plan.key for tier in members]
+                mine = tuple(each for each in decided if each.key in keys)
+                if len(members) == 1 or len(mine) < len(members):
+                    continue
+                group = self._group([by_tier[key] for key in keys], members)
+                found = self.policy.lend(group, mine, EPOCH + self.now)
+                changed = {each.key: each for each in found.tiers}
+                decided = tuple(changed.get(each.key, each) for each in decided)
+                relabels.extend(found.relabels)
         self.decide_seconds += process_time() - begin
         self.decisions += 1
+        for change in relabels:
+            self._relabel(change)
         by_key = {decision.key: decision for decision in decided}
         for tier in self._tiers:
             decision = by_key.get(tier.plan.key)
             if decision is not None:
                 self._carry_out(tier, decision)
+
+    def _group(self, observations: Sequence[TierObservation], members: Sequence[_Tier]) -> Group:
+        """Return what a policy is told of tiers that lend each other engines."""
+        limits = [
+            self.scenario.pool_accelerators[tier.plan.shared_pool]
+            for tier in members
+            if tier.plan.shared_pool in self.scenario.pool_accelerators
+        ]
+        engines = [
+            SharedEngine(
+                uid=f"uid-{pod.serial}",
+                name=f"engine-{pod.serial}",
+                home=pod.home.key,
+                holder=None if pod.holder is None else pod.holder.key,
+                bound_for=None if pod.bound_for is None else pod.bound_for.key,
+                ready=pod.ready,
+                leaving=pod.leaving is not None,
+                in_flight=self._in_flight(pod),
+                held_seconds=None if pod.labelled is None else self.now - pod.labelled,
+            )
+            for tier in members
+            for pool in tier.pools
+            for pod in pool.pods
+        ]
+        return Group(tuple(observations), tuple(engines), min(limits, default=None))
+
+    def _in_flight(self, pod: _Pod) -> Signal:
+        if pod.in_flight is None:
+            return Unknown("no sample yet")
+        age = self.now - pod.in_flight[0]
+        if age > STALE_INTERVALS * self.scenario.scrape:
+            return Unknown(f"its newest sample is {age:.0f} s old")
+        return Value(float(pod.in_flight[1]), age) if pod.in_flight[1] else Zero(age)
+
+    def _relabel(self, change: Relabel) -> None:
+        pools = {pool.key: pool for tier in self._tiers for pool in tier.pools}
+        pod = next(
+            (each for pool in pools.values() for each in pool.pods if f"uid-{each.serial}" == change.uid),
+            None,
+        )
+        if pod is None or pod.leaving is not None:
+            return
+        holder = None if change.holder is None else pools[change.holder]
+        bound_for = None if change.bound_for is None else pools[change.bound_for]
+        plans = {tier.plan.key: tier.plan.spec for tier in self._tiers}
+        party = {pod.home.key, change.holder, change.bound_for} - {None}
+        if not all(acts(plans[key].scaling.mode, suspended=plans[key].suspend) for key in party if key):
+            return
+        self.passages.append(
+            Passage(
+                self.now, f"engine-{pod.serial}", pod.home.key, change.holder, change.bound_for, change.reason
+            )
+        )
+        pod.holder, pod.bound_for, pod.labelled = holder, bound_for, self.now
+        if holder is not None:
+            pod.tenures += 1
+            if holder is not pod.payer:
+                self._charge(pod, self.now)
+                pod.payer = holder
+        self._at(self.now + self.scenario.relabel, _LABEL, partial(self._heeded, pod, holder))
+
+    def _heeded(self, pod: _Pod, holder: _Pool | None) -> None:
+        """Routers have seen the label."""
+        pod.routed = holder
+        pod.home.set_members()
 
     def _carry_out(self, tier: _Tier, decided: TierDecision) -> None:
         pools = {pool.plan.name: pool for pool in tier.pools}
@@ -831,7 +1056,7 @@ class Fleet:
         for tier in self._tiers:
             for pool in tier.pools:
                 for pod in pool.pods:
-                    self._charge(pool, pod, end if pod.released is None else min(pod.released, end))
+                    self._charge(pod, end if pod.released is None else min(pod.released, end))
 
     def _finish(self, end: float) -> None:
         """Let requests in flight finish on the engines there are."""
@@ -852,19 +1077,21 @@ class Fleet:
             arrived = tier.plan.trace.arrival >= self.scenario.warm_up
             if not complete:
                 arrived &= tier.plan.trace.arrival < end
-            refused = first.journal.row < plant.UNSENT
+            mine = slice(first.first_request, first.first_request + len(tier.plan.trace))
+            refused = first.journal.row[mine] < plant.UNSENT
             if last is not first:
-                refused |= last.journal.row < plant.UNSENT
+                refused |= last.journal.row[mine] < plant.UNSENT
             histories = []
             for pool in tier.pools:
-                columns = np.array(pool.history, dtype=np.float64).reshape(-1, 5).T
-                replicas, ready, waiting, in_flight = columns[1:].astype(np.int64)
+                columns = np.array(pool.history, dtype=np.float64).reshape(-1, 6).T
+                replicas, ready, borrowed, waiting, in_flight = columns[1:].astype(np.int64)
                 histories.append(
                     PoolHistory(
                         name=pool.plan.name,
                         time=columns[0],
                         replicas=replicas,
                         ready=ready,
+                        borrowed=borrowed,
                         waiting=waiting,
                         in_flight=in_flight,
                         gpus=pool.plan.gpus,
@@ -876,8 +1103,8 @@ class Fleet:
                 TierOutcome(
                     plan=tier.plan,
                     arrival=tier.plan.trace.arrival[arrived],
-                    first=last.journal.first[arrived] / 1e3,
-                    last=last.journal.last[arrived] / 1e3,
+                    first=last.journal.first[mine][arrived] / 1e3,
+                    last=last.journal.last[mine][arrived] / 1e3,
                     output=tier.plan.trace.output[arrived],
                     refused=refused[arrived],
                     pools=tuple(histories),
@@ -888,12 +1115,64 @@ class Fleet:
             seed=self.seed,
             seconds=end,
             warm_up=self.scenario.warm_up,
+            grace=self.scenario.grace,
             tiers=tuple(outcomes),
             moves=tuple(self.moves),
+            passages=tuple(self.passages),
             decisions=self.decisions,
             decide_seconds=self.decide_seconds,
             complete=complete,
         )
+
+
+def _cached(plan: TierPlan) -> NDArray[np.int64]:
+    """Return the prompt tokens of each request that a prefix cache holds."""
+    if plan.shared_prefix:
+        return plan.trace.shared
+    if plan.prefix_hit:
+        found: NDArray[np.int64] = np.floor(plan.trace.prompt * plan.prefix_hit).astype(np.int64)
+        return found
+    return np.zeros(len(plan.trace), dtype=np.int64)
+
+
+def _check_alike(plans: Sequence[TierPlan]) -> None:
+    """Engines that are lent must be able to serve either tier's requests.
+
+    Raises:
+        ValueError: Two tiers differ in more than batch and step budget.
+    """
+    first = plans[0]
+    for plan in plans[1:]:
+        if len(plan.pools) != 1 or len(first.pools) != 1:
+            raise ValueError("tiers of a sharedPool have one aggregated pool each: remove disaggregation")
+        for what, mine, theirs in (
+            ("model", plan.spec.model.name, first.spec.model.name),
+            ("maxModelLen", plan.max_model_len, first.max_model_len),
+            ("tensorParallel", plan.pools[0].gpus, first.pools[0].gpus),
+        ):
+            if mine != theirs:
+                raise ValueError(
+                    f"{plan.key} and {first.key} share a pool and differ in {what} ({mine}, {theirs}): "
+                    "only batch and step budget may differ"
+                )
+
+
+def _share_of(pool: _Pool, borrowed: Sequence[_Pod], load: Load | None) -> float:
+    """Return what borrowed engines carry of what the pool's own do, at this pool's objectives."""
+    own = pool.plan.operator.rps(load) if borrowed else None
+    if not own:
+        return 1.0
+    found = []
+    for pod in borrowed:
+        theirs = pod.home.plan.operator.engine
+        engine = replace(
+            pool.plan.operator.engine,
+            max_num_seqs=theirs.max_num_seqs,
+            max_num_batched_tokens=theirs.max_num_batched_tokens,
+        )
+        carried = replace(pool.plan.operator, engine=engine).rps(load)
+        found.append((carried or 0.0) / own)
+    return sum(found) / len(found)
 
 
 def run(

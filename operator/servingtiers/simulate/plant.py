@@ -7,6 +7,11 @@ segment: this is how one GPU is a little slower than another, and today slower t
 step model. Times that the kernel writes are turned into real time by :func:`observe`, which must be called before a
 row's rate changes.
 
+Tiers that lend each other engines are one plant: their rows, requests and journal are the same arrays, each row runs
+with the flags of its home (an own step table and configuration: one kernel pool per home), and each tier's router
+has members of its own among all rows. A row is a member of one router at most, so routers may dispatch one after the
+other.
+
 Counters and histograms are what an engine would expose: cumulative since the row's pod started, in vLLM's own
 buckets.
 """
@@ -49,6 +54,9 @@ _compiled: Callable[[_F], _F] = njit(cache=True, _nrt=False)
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
+Pools = tuple[kernel.Pool, ...]
+"""One per home; their state arrays are the same, their configuration and step table are not."""
+
 ROUND_ROBIN, POWER_OF_TWO, LEAST_LOAD = 0, 1, 2
 
 # --- where a request is (Journal.row); rows are 0 and above ----------------------------------------------------
@@ -79,10 +87,12 @@ HISTOGRAMS = 7
 
 
 class Rows(NamedTuple):
-    """The replicas of one pool."""
+    """The replicas of one pool and, where it lends, those of the pools it shares with."""
 
     members: I64
     """Rows that the router sends to, the first ``state[0]`` of them, shape ``(rows,)``."""
+    home: I64
+    """Which kernel pool each row belongs to, shape ``(rows,)``."""
     state: I64
     """[members, round-robin position, random state, requests that found no engine, queue limit or 0, whether a
     new engine's first request finds nothing in its prefix cache]."""
@@ -140,15 +150,16 @@ def _draw(rows: Rows, limit: int) -> int:
 
 
 @_compiled
-def _load(pool: kernel.Pool, requests: kernel.Requests, rows: Rows, row: int, now: float) -> int:
+def _load(pools: Pools, requests: kernel.Requests, rows: Rows, row: int, now: float) -> int:
     """Unanswered requests of a row at ``now``."""
+    pool = pools[rows.home[row]]
     kernel.advance(pool, requests, row, _own(rows, row, now), stop_at_finish=False)
     return int(pool.ints[row, kernel.INJECTED] - pool.ints[row, kernel.FINISHED])
 
 
 @_compiled
 def dispatch(
-    pool: kernel.Pool,
+    pools: Pools,
     requests: kernel.Requests,
     rows: Rows,
     journal: Journal,
@@ -162,7 +173,7 @@ def dispatch(
     """Send every request due before ``until`` to a replica, as vllm-router does: at once, nothing is held back.
 
     Args:
-        pool: State of the replicas.
+        pools: State of the replicas, by home.
         requests: The requests of the run, by id.
         rows: The pool's rows; only members are sent to.
         journal: Where each request goes is written here.
@@ -197,7 +208,7 @@ def dispatch(
                 second += 1
             row = rows.members[first]
             other = rows.members[second]
-            if _load(pool, requests, rows, other, now) < _load(pool, requests, rows, row, now):
+            if _load(pools, requests, rows, other, now) < _load(pools, requests, rows, row, now):
                 row = other
         else:
             lowest = 1 << 62
@@ -205,11 +216,12 @@ def dispatch(
             for step in range(members):
                 # Ties go round robin.
                 each = rows.members[(rows.state[1] + step) % members]
-                load = _load(pool, requests, rows, each, now)
+                load = _load(pools, requests, rows, each, now)
                 if load < lowest:
                     lowest = load
                     row = each
             rows.state[1] += 1
+        pool = pools[rows.home[row]]
         kernel.advance(pool, requests, row, _own(rows, row, now), stop_at_finish=False)
         limit = rows.state[4]
         rows.counters[row, DISPATCHED] += 1

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from servingtiers.core.decisions import TierDecision, TierObservation
+from servingtiers.core.sharing import Group, GroupDecision
 from servingtiers.policy import scaling
 
-__all__ = ["OperatorPolicy", "PodReadings", "Policy", "PoolReadings", "TierReadings"]
+__all__ = ["Lender", "OperatorPolicy", "PodReadings", "Policy", "PoolReadings", "TierReadings"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,22 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class Lender(Protocol):
+    """A policy that also moves engines between the tiers of a TierPool."""
+
+    @property
+    def lends(self) -> bool:
+        """Whether it does; where not, the members of a TierPool keep what is theirs."""
+        ...
+
+    def lend(self, group: Group, decided: tuple[TierDecision, ...], now: float) -> GroupDecision:
+        """Return what a group does, given what each tier would do on its own."""
+        ...
+
+
 Decide = Callable[[tuple[TierObservation, ...], float], tuple[TierDecision, ...]]
+Lend = Callable[[Group, tuple[TierDecision, ...], float], GroupDecision]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +132,8 @@ class OperatorPolicy:
     name: str = "servingtiers"
     interval: float = 15.0
     function: Decide = scaling.decide
+    lending: Lend | None = None
+    """Decides what tiers of a TierPool lend; None: nothing."""
 
     @property
     def samples(self) -> float | None:
@@ -133,3 +151,14 @@ class OperatorPolicy:
     def decide(self, observations: tuple[TierObservation, ...], now: float) -> tuple[TierDecision, ...]:
         """Return what the operator would do."""
         return self.function(observations, now)
+
+    @property
+    def lends(self) -> bool:
+        """Whether tiers of a TierPool lend each other engines."""
+        return self.lending is not None
+
+    def lend(self, group: Group, decided: tuple[TierDecision, ...], now: float) -> GroupDecision:
+        """Return what the operator would do in a group."""
+        if self.lending is None:
+            return GroupDecision(decided)
+        return self.lending(group, decided, now)

@@ -144,6 +144,13 @@ class TierPlan:
     shared_prefix: bool = False
     """Use the trace's shared tokens as prefix-cache hits; a new engine's first request still finds none."""
 
+    @property
+    def shared_pool(self) -> str:
+        """Namespace and name of the TierPool whose members it lends to and borrows from; empty: it does not."""
+        if self.spec.shared_pool is None:
+            return ""
+        return f"{self.key.rpartition('/')[0]}/{self.spec.shared_pool.name}"
+
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
@@ -162,6 +169,11 @@ class Scenario:
     metric_age: float = 5.0
     """Seconds between a scrape and the decision that uses it."""
     front_end_ms: float = 1.0
+    relabel: float = 5.0
+    """Seconds from a change of an engine's routing label until routers heed it. vllm-router watches pods and was seen to
+    follow within seconds; it then waits for a health check, which the operator sets to every 5 s."""
+    pool_accelerators: Mapping[str, int] = field(default_factory=dict)
+    """``maxAccelerators`` of TierPools, by namespace and name; one that is missing has no limit."""
     noise: Noise = Noise()
     metric_faults: tuple[MetricFault, ...] = ()
     crashes: tuple[Crash, ...] = ()
@@ -177,6 +189,13 @@ class Scenario:
     def seconds(self) -> float:
         """Length of the run."""
         return max(tier.trace.seconds for tier in self.tiers)
+
+    def groups(self) -> list[list[TierPlan]]:
+        """Return the tiers, those that lend each other engines together."""
+        found: dict[str, list[TierPlan]] = {}
+        for tier in self.tiers:
+            found.setdefault(tier.shared_pool or f"tier {tier.key}", []).append(tier)
+        return list(found.values())
 
 
 def slo_of(targets: Targets) -> dict[str, float]:

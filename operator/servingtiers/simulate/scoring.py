@@ -6,7 +6,7 @@ Every request that arrived counts. One that was refused, lost or not finished mi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,14 @@ class Score:
     """Ready replicas, averaged over scrapes."""
     p99: Mapping[str, float]
     """99th percentile of TTFT, TPOT and end-to-end latency, seconds; what never finished counts as infinite."""
+    mean_completion: float = 0.0
+    """Mean end-to-end latency, seconds; what never finished counts as the rest of the run and its grace."""
+    borrowed: int = 0
+    """Engines that came from another tier, each time it did."""
     complete: bool = True
     gpu_hours_over_clairvoyant: float | None = None
+    tiers: Mapping[str, Score] = field(default_factory=dict)
+    """Figures of each tier by its key, where several were simulated."""
 
     @property
     def violations(self) -> float:
@@ -55,6 +61,12 @@ class Score:
 
     def to_json(self) -> dict[str, Any]:
         """As an object of ``servingtiers simulate -o json``."""
+        made = self._figures()
+        if self.tiers:
+            made["tiers"] = {key: score._figures() for key, score in self.tiers.items()}  # noqa: SLF001 - its own kind
+        return made
+
+    def _figures(self) -> dict[str, Any]:
         return {
             "policy": self.policy,
             "seed": self.seed,
@@ -75,6 +87,8 @@ class Score:
             "p99Seconds": {
                 name: round(value, 4) if np.isfinite(value) else None for name, value in self.p99.items()
             },
+            "meanCompletionSeconds": round(self.mean_completion, 4),
+            "borrowed": self.borrowed,
             "complete": self.complete,
         }
 
@@ -137,6 +151,7 @@ def score_tier(result: RunResult, outcome: TierOutcome) -> Score:
             worst = min(worst, 1.0 - float(window.mean()))
     moves = [move for move in result.moves if move.tier == outcome.plan.key and move.time >= result.warm_up]
     unfinished = np.isnan(outcome.last) & ~outcome.refused
+    spent = np.where(np.isinf(found["e2e"]), result.seconds + result.grace - outcome.arrival, found["e2e"])
     return Score(
         policy=result.policy,
         seed=result.seed,
@@ -152,6 +167,11 @@ def score_tier(result: RunResult, outcome: TierOutcome) -> Score:
         peak_replicas=sum(pool.peak for pool in outcome.pools),
         mean_ready=sum(_mean_ready(pool, result.warm_up) for pool in outcome.pools),
         p99={name: _quantile(values) for name, values in found.items()},
+        mean_completion=float(spent.mean()) if len(spent) else 0.0,
+        borrowed=sum(
+            passage.holder == outcome.plan.key != passage.home and passage.time >= result.warm_up
+            for passage in result.passages
+        ),
         complete=result.complete,
     )
 
@@ -192,5 +212,8 @@ def score(result: RunResult) -> Score:
         peak_replicas=sum(part.peak_replicas for part in parts),
         mean_ready=sum(part.mean_ready for part in parts),
         p99={name: max(part.p99[name] for part in parts) for name in ("ttft", "tpot", "e2e")},
+        mean_completion=sum(part.mean_completion * part.requests for part in parts) / total,
+        borrowed=sum(part.borrowed for part in parts),
         complete=result.complete,
+        tiers={outcome.plan.key: part for outcome, part in zip(result.tiers, parts, strict=True)},
     )

@@ -17,7 +17,7 @@ from servingtiers.simulate.rivals.windows import AibrixApa, KnativeKpa
 from servingtiers.simulate.rivals.wva import Inferno, WvaV2
 from servingtiers.simulate.scenario import Scenario
 
-__all__ = ["KNOBS", "POLICIES", "RIVALS", "make_policy"]
+__all__ = ["KNOBS", "POLICIES", "RIVALS", "UNSHARED", "make_policy"]
 
 _Factory = Callable[..., Policy]
 
@@ -49,7 +49,10 @@ KNOBS: dict[str, tuple[float, ...]] = {
 }
 """Values of each rival's main setting for a sweep; the defaults are among them."""
 
-POLICIES = ("servingtiers", *RIVALS, "static-optimal", "clairvoyant")
+UNSHARED = "servingtiers-unshared"
+"""The operator's own policy with lending switched off: what a TierPool buys is the difference."""
+
+POLICIES = ("servingtiers", UNSHARED, *RIVALS, "static-optimal", "clairvoyant")
 """Every name that ``--policy`` takes; the last two are limits, found by searching with the trace known."""
 
 
@@ -57,7 +60,7 @@ def make_policy(name: str, scenario: Scenario, knob: float | None = None) -> Pol
     """Return a policy by name, ready for one run.
 
     Args:
-        name: ``servingtiers`` or a rival.
+        name: ``servingtiers``, the same without lending, or a rival.
         scenario: What it will be run on: its bounds, engines and objectives.
         knob: Value of the rival's main setting; None: its default.
 
@@ -66,6 +69,8 @@ def make_policy(name: str, scenario: Scenario, knob: float | None = None) -> Pol
     """
     if name == "servingtiers":
         return OperatorPolicy()
+    if name == UNSHARED:
+        return OperatorPolicy(UNSHARED, lending=None)
     if name not in RIVALS:
         raise ValueError(f"no policy {name!r}: use {', '.join(POLICIES)}")
     return RIVALS[name](scenario) if knob is None else RIVALS[name](scenario, knob)
