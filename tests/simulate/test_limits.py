@@ -150,7 +150,7 @@ def test_a_model_error_changes_what_is_believed_and_nothing_of_the_plant(plan):
 
 
 def outcome(plan, arrival, first, last, output, refused) -> RunResult:
-    history = PoolHistory("pool", *(np.array([0]) for _ in range(5)), gpus=1, gpu_seconds=7200.0, peak=3)
+    history = PoolHistory("pool", *(np.array([0]) for _ in range(6)), gpus=1, gpu_seconds=7200.0, peak=3)
     tier = TierOutcome(
         plan,
         np.array(arrival, dtype=float),
@@ -161,7 +161,7 @@ def outcome(plan, arrival, first, last, output, refused) -> RunResult:
         (history,),
     )
     moves = (Move(10.0, plan.key, "pool", 1, 3, "", ""), Move(50.0, plan.key, "pool", 3, 2, "", ""))
-    return RunResult("by hand", 0, 600.0, 0.0, (tier,), moves, 1, 0.0, complete=True)
+    return RunResult("by hand", 0, 600.0, 0.0, 300.0, (tier,), moves, (), 1, 0.0, complete=True)
 
 
 def test_a_score_worked_by_hand(plan):

@@ -88,7 +88,7 @@ def read_trace(path: Path) -> list[TraceRequest]:
 def azure_conversation() -> list[TraceRequest]:
     """Return the shipped Azure 2023 conversation trace: 19,366 requests of one hour."""
     name = "azure2023_conv.csv.gz"
-    return _parse((files("servingtiers.lab") / "data" / name).read_bytes(), name)
+    return _parse((files("servingtiers.simulate") / "data" / name).read_bytes(), name)
 
 
 def _parse(content: bytes, name: str) -> list[TraceRequest]:
