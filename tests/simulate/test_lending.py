@@ -16,6 +16,7 @@ from servingtiers.performance import engine_kernel as kernel
 from servingtiers.performance.engine_sim import PoolConfig, make_pool, make_requests
 from servingtiers.simulate import plant
 from servingtiers.simulate.fleet import EPOCH, Fleet, run
+from servingtiers.simulate.rivals import UNSHARED, make_policy
 from servingtiers.simulate.scenario import Crash, Delay, Noise, Scenario
 from servingtiers.simulate.scoring import score, score_tier
 from servingtiers.simulate.telemetry import FaultKind, MetricFault
@@ -373,3 +374,29 @@ def test_rows_of_two_homes_are_advanced_by_their_own_flags():
     assert len(busy) == 2
     assert busy.min() > 0.35 * busy.sum()
     assert (rows_of(fleet, CHAT) != plant.UNSENT).all()
+
+
+def test_the_operators_policy_lends_in_a_burst_and_calls_engines_home():
+    """Fixed fleets: the same accelerators, divided for good or lent."""
+    chat = load_trace("spike:2:24:1500:240", seed=1, prompt=900, output=200)
+    batch = load_trace("step:4:4:1500", seed=2, prompt=900, output=200)
+    plans = []
+    for name, trace, count, tier in (("chat", chat, 2, "Latency"), ("batch", batch, 4, "Throughput")):
+        document = member(name, tier=tier)
+        document["spec"]["sharedPool"]["priority"] = 200 if name == "chat" else 50
+        document["spec"]["workload"] = {
+            "promptTokens": {"mean": 900, "p95": 2700},
+            "outputTokens": {"mean": 200, "p95": 600},
+        }
+        document["spec"]["pool"]["scaling"] = {"minReplicas": count, "maxReplicas": count}
+        plans.append(tier_plan(parse_tier(document), trace))
+    scenario = Scenario(tuple(plans), warm_up=300.0)
+    lending, apart = (run(scenario, make_policy(name, scenario), 0) for name in ("servingtiers", UNSHARED))
+    mine, theirs = score(lending), score(apart)
+    assert apart.passages == ()
+    assert mine.tiers[CHAT].borrowed > 0
+    assert mine.tiers[CHAT].violations < 0.5 * theirs.tiers[CHAT].violations
+    assert mine.gpu_hours == pytest.approx(theirs.gpu_hours)
+    # Minutes after the burst every engine is at home.
+    assert lending.tiers[0].pools[0].borrowed[-1] == 0
+    assert lending.tiers[1].pools[0].ready[-1] == 4

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from servingtiers.core.decisions import TierDecision, TierObservation
 from servingtiers.core.sharing import Group, GroupDecision
-from servingtiers.policy import scaling
+from servingtiers.policy import lending, scaling
 
 __all__ = ["Lender", "OperatorPolicy", "PodReadings", "Policy", "PoolReadings", "TierReadings"]
 
@@ -132,7 +132,7 @@ class OperatorPolicy:
     name: str = "servingtiers"
     interval: float = 15.0
     function: Decide = scaling.decide
-    lending: Lend | None = None
+    lending: Lend | None = lending.decide
     """Decides what tiers of a TierPool lend; None: nothing."""
 
     @property
