@@ -289,3 +289,39 @@ def test_a_router_that_only_finishes_what_it_had_has_no_arrivals():
     rows = [{ended: {"a": float(n)}, running: {"w": 4.0 - n}} for n in range(5)]
 
     assert isinstance(arrivals(*rows), Zero)
+
+
+def test_two_scans_of_one_time_are_one_sample():
+    """A store with coarse times, or a clock that was set back, must not end in a rate over no time."""
+    same = window([scan(NOW - 5, 10.0), scan(NOW - 5, 40.0)])
+    assert isinstance(same, PodWindow)
+    assert same.rates == {}
+    assert "one sample only" in same.faults["requests"]
+    found = window([scan(NOW - 35, 10.0), scan(NOW - 20, 30.0), scan(NOW - 5, 40.0), scan(NOW - 5, 70.0)])
+    assert isinstance(found, PodWindow)
+    assert found.rates["requests"] == pytest.approx(2.0)  # the later one is the news
+    assert found.histograms["ttft"].total > 0
+
+
+def test_a_clock_that_was_set_back_leaves_what_is_older_than_the_news():
+    found = window([scan(NOW - 3, 90.0), scan(NOW - 20, 30.0), scan(NOW - 5, 60.0)])
+    assert isinstance(found, PodWindow)
+    assert found.rates["requests"] == pytest.approx(2.0)
+    assert isinstance(window([scan(NOW - 3, 90.0), scan(NOW - 5, 60.0)]), PodWindow)
+
+
+def test_two_scans_of_a_router_at_one_time_are_one_sample():
+    def router(at, count):
+        return RouterScan(at, {"vllm_router_processed_requests_total": {'worker="a"': count}})
+
+    given = {"window": 60.0, "interval": 15.0, "now": NOW}
+    assert router_window([router(NOW - 5, 4.0), router(NOW - 5, 9.0)], **given) == Unknown(
+        "one sample only: a rate needs two within the window"
+    )
+    found = router_window([router(NOW - 15, 3.0), router(NOW - 5, 4.0), router(NOW - 5, 9.0)], **given)
+    assert (found.dispatched, found.span) == (6.0, 10.0)
+
+
+def test_an_increase_over_no_time_is_refused():
+    with pytest.raises(ValueError, match="time between them"):
+        increase([5.0, 5.0], [1.0, 2.0], 0.0, 10.0)

@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from servingtiers.core.decisions import PoolRole
 from servingtiers.core.signals import (
@@ -173,10 +173,10 @@ def increase(times: Sequence[float], values: Sequence[float], start: float, end:
         end: End of the window, seconds.
 
     Raises:
-        ValueError: There are fewer than two samples.
+        ValueError: There are fewer than two samples, or no time between them.
     """
-    if len(times) < 2:
-        raise ValueError("an increase needs two samples")
+    if len(times) < 2 or not times[-1] > times[0]:
+        raise ValueError("an increase needs two samples and time between them")
     delta = values[-1] - values[0]
     for before, after in pairwise(values):
         if after < before:
@@ -221,7 +221,7 @@ def engine_window(
     """
     start = now - window
     # Half an interval of slack: with a window of four intervals the fifth sample back must not be lost to jitter.
-    scans = [scan for scan in scans if scan.time > start - interval / 2]
+    scans = _in_order([scan for scan in scans if scan.time > start - interval / 2])
     stale = _stale(scans[-1].time if scans else None, interval=interval, now=now)
     if stale is not None:
         return stale
@@ -280,6 +280,22 @@ def engine_window(
         and not _frozen(scans, rates, made, window),
         reset=any(resets),
     )
+
+
+_Timed = TypeVar("_Timed", "Scan", "RouterScan")
+
+
+def _in_order(scans: Sequence[_Timed]) -> list[_Timed]:
+    """Return the scans without those whose time is not before that of a later one.
+
+    Two scans carry one time where a store keeps coarse times or a clock was set back: the later is the news, and no rate
+    is taken over no time.
+    """
+    kept: list[_Timed] = []
+    for scan in reversed(scans):
+        if not kept or scan.time < kept[-1].time:
+            kept.append(scan)
+    return kept[::-1]
 
 
 def _stale(time: float | None, *, interval: float, now: float) -> Unknown | None:
@@ -615,7 +631,7 @@ def router_window(
         now: Unix time, seconds.
         ready_since: When the pod became ready; its history need not reach further back.
     """
-    scans = [scan for scan in scans if scan.time > now - window - interval / 2]
+    scans = _in_order([scan for scan in scans if scan.time > now - window - interval / 2])
     stale = _stale(scans[-1].time if scans else None, interval=interval, now=now)
     if stale is not None:
         return stale
