@@ -56,7 +56,7 @@ def test_an_azure_csv_may_be_plain_and_unsorted(tmp_path):
 def test_a_csv_of_another_form_is_refused_with_the_columns(tmp_path, text):
     path = tmp_path / "other.csv"
     path.write_text(text)
-    with pytest.raises(ValueError, match="line 2: an Azure trace has the columns"):
+    with pytest.raises(ValueError, match=r"line [12]: .*TIMESTAMP, ContextTokens, GeneratedTokens"):
         read_azure(path)
 
 
@@ -184,3 +184,121 @@ def test_a_trace_that_makes_no_sense_cannot_be_made(arrival, prompt):
     ones = np.ones(2, dtype=np.int64)
     with pytest.raises(ValueError, match=r"ascend|1 token|one arrival"):
         Trace("x", "synthetic", 2.0, np.array(arrival), np.array(prompt), ones, ones)
+
+
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
+def written(tmp_path, text, name="log.csv"):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "stamps",
+    [
+        ["2024-05-10 00:00:00+00:00", "2024-05-10 00:00:01.500000+00:00", "2024-05-10 00:00:03+00:00"],
+        ["2024-05-10 00:00:00", "2024-05-10 00:00:01.5", "2024-05-10 00:00:03.0000000"],
+        ["2024-05-10T00:00:00Z", "2024-05-10T00:00:01.5Z", "2024-05-10T00:00:03Z"],
+        ["2024-05-10 02:00:00+02:00", "2024-05-10 00:00:01.5+00:00", "2024-05-09 23:00:03-01:00"],
+        ["5", "6.5", "8"],
+    ],
+)
+def test_times_are_read_with_and_without_fraction_and_zone(tmp_path, stamps):
+    path = written(tmp_path, HEADER + "".join(f"{stamp},10,5\n" for stamp in stamps))
+    assert read_azure(path).arrival.tolist() == [0.0, 1.5, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ("\ufeff" + HEADER + "2024-05-10 00:00:00,7,5\r\n2024-05-10 00:00:01,8,5\r\n\r\n", [7, 8]),
+        (HEADER + '"2024-05-10 00:00:00","7","5"\n2024-05-10 00:00:01,8,5', [7, 8]),
+        (HEADER + "2024-05-10 00:00:00,7.0,5\n2024-05-10 00:00:01,0,5\n", [7, 1]),
+        (
+            "model,TIMESTAMP,x,ContextTokens,GeneratedTokens\na,2024-05-10 00:00:00,,7,5\nb,2024-05-10 00:00:01,y,8,5\n",
+            [7, 8],
+        ),
+        (
+            "Timestamp,Model,Request tokens,Response tokens,Log Type\n5,ChatGPT,472,18,a\n45,GPT-4,1087,0,b\n",
+            [472, 1087],
+        ),
+    ],
+)
+def test_logs_as_tools_write_them_are_read(tmp_path, text, prompts):
+    """A byte-order mark, CRLF, a blank end, quotes, floats, further columns, BurstGPT's names."""
+    found = read_azure(written(tmp_path, text))
+    assert found.prompt.tolist() == prompts
+    assert found.output.min() >= 1
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("2024-05-10 00:00:00,seven,5", "line 4"),
+        ("2024-05-10 00:00:00,7", "line 4"),
+        ("2024-13-10 00:00:00,7,5", "line 4"),
+        ("2024-02-30 00:00:00,7,5", "line 4"),
+        ("yesterday,7,5", "line 4"),
+        ("2024-05-10 00:00:00,-7,5", "line 4"),
+        ("2024-05-10 00:00:00,nan,5", "line 4"),
+        ("2024-05-10 00:00:00,,5", "line 4"),
+        ("2024-05-10 00:00:00,7.5,5", "line 4"),
+        ("nan,7,5", "line 4"),
+        ("2024-05-10 00:00:00,9999999999,5", "line 4"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, row, reason):
+    good = "2024-05-10 00:00:00,7,5\n"
+    with pytest.raises(ValueError, match=reason):
+        read_azure(written(tmp_path, HEADER + good + good + row + "\n" + good))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x1f\x8b\x08broken", b"\x89PNG\r\n\x1a\n\x00\x01", b"\xff\xfe\x00"]
+)
+def test_what_is_no_log_is_refused(tmp_path, content):
+    with pytest.raises(ValueError, match=r"log\.csv"):
+        load_trace(str(written(tmp_path, content)))
+
+
+def test_a_part_of_a_long_log_is_that_part_of_the_whole(tmp_path, monkeypatch):
+    """Small blocks: the part begins and ends in the middle of them, and lines are a little out of order."""
+    from servingtiers.simulate import logs
+
+    monkeypatch.setattr(logs, "_BLOCK", 4096)
+    random = np.random.default_rng(3)
+    moments = np.sort(random.random(4000)) * 6 * 3600 + random.uniform(-10, 10, 4000)
+    start = np.datetime64("2024-05-10T00:01:00")
+    stamps = np.datetime_as_string(start + (moments * 1e3).astype("timedelta64[ms]"))
+    lines = [f"{stamp.replace('T', ' ')}+00:00,{n % 900 + 1},5\n" for n, stamp in enumerate(stamps)]
+    for name, content in (("log.csv", "".join(lines)), ("log.csv.gz", "".join(lines))):
+        packed = (HEADER + content).encode()
+        path = written(tmp_path, gzip.compress(packed) if name.endswith("gz") else packed, name)
+        whole = read_azure(path)
+        assert len(whole) == 4000
+        for begin, end in ((0, 600), (1000.5, 9000), (20_000, math.inf), (7200, 7210)):
+            part, cut = read_azure(path, start=begin, end=end), whole.between(begin, end)
+            assert np.array_equal(part.arrival, cut.arrival)
+            assert np.array_equal(part.prompt, cut.prompt)
+            assert part.seconds == cut.seconds
+    with pytest.raises(ValueError, match="no part of log"):
+        read_azure(path, start=30_000)
+
+
+def test_a_part_of_a_log_in_no_order_is_read_right_too(tmp_path, monkeypatch):
+    from servingtiers.simulate import logs
+
+    monkeypatch.setattr(logs, "_BLOCK", 2048)
+    random = np.random.default_rng(4)
+    moments = random.permutation(2000) * 3
+    path = written(tmp_path, HEADER + "".join(f"{at},{at % 900 + 1},5\n" for at in moments))
+    part = read_azure(path, start=300, end=900)
+    assert part.arrival.tolist() == [float(3 * n) for n in range(200)]
+
+
+def test_a_stretch_without_requests_says_so(tmp_path):
+    path = written(tmp_path, HEADER + "0,7,5\n100,7,5\n")
+    with pytest.raises(ValueError, match="no request comes from 10 s to 20 s"):
+        load_trace(str(path), start=10, end=20)

@@ -16,12 +16,13 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
+
+from servingtiers.simulate.logs import first_line, read_log
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -197,33 +198,26 @@ def _open(path: Path) -> IO[str]:
     return path.open(encoding="utf-8", newline="")
 
 
-def read_azure(path: Path) -> Trace:
-    """Read a log of the Azure Public Dataset: CSV with TIMESTAMP, ContextTokens, GeneratedTokens.
+def read_azure(path: Path, *, start: float = 0.0, end: float = math.inf) -> Trace:
+    """Read a log of requests, such as the Azure Public Dataset's: CSV with TIMESTAMP, ContextTokens, GeneratedTokens.
+
+    Args:
+        path: The file, plain or gzip. BurstGPT's names (Timestamp, Request tokens, Response tokens) do too.
+        start: First second that is used, from the earliest request.
+        end: Second at which it ends.
 
     Raises:
         ValueError: The file is not of this form; the message names file and line.
     """
-    times: list[float] = []
-    prompt: list[int] = []
-    output: list[int] = []
-    with _open(path) as stream:
-        for line, row in enumerate(csv.DictReader(stream), start=2):
-            try:
-                # Seven digits of a second: more than datetime reads.
-                whole, _, fraction = row["TIMESTAMP"].partition(".")
-                digits = fraction.rstrip("Z").partition("+")[0]
-                moment = datetime.fromisoformat(f"{whole}+00:00").timestamp()
-                times.append(moment + float(f"0.{digits or 0}"))
-                prompt.append(int(row["ContextTokens"]))
-                output.append(int(row["GeneratedTokens"]))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{path.name}, line {line}: an Azure trace has the columns TIMESTAMP, ContextTokens and "
-                    f"GeneratedTokens ({error})"
-                ) from error
-    if not times:
-        raise ValueError(f"{path.name} holds no request")
-    return _sorted(path, "real log", times, prompt, output)
+    log = read_log(path, start=start, end=end)
+    name = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+    order = np.argsort(log.times, kind="stable")
+    arrival = log.times[order] - log.first
+    # The log ends one mean gap after its last request.
+    seconds = (log.last - log.first) * (1.0 + 1.0 / max(log.lines - 1, 1)) + 1e-6 if log.whole else end
+    made = _trace(name, "real log", seconds, arrival, log.prompt[order], log.output[order])
+    # What was read goes a little beyond what was asked for.
+    return _cut(made, start, end) if log.whole else made.between(start, end)
 
 
 def _sorted(
@@ -546,11 +540,6 @@ def bundled(name: str) -> Path:
     return Path(str(files("servingtiers.simulate") / "data" / file))
 
 
-def _first_line(path: Path) -> str:
-    with _open(path) as stream:
-        return next(iter(stream), "").strip()
-
-
 def load_trace(
     text: str,
     *,
@@ -595,9 +584,16 @@ def load_trace(
             f"trace {text!r} is no file: give a CSV or JSONL file, one of {', '.join(bundled_names())}, "
             "or a shape such as step:2:20:1800"
         )
-    head = _first_line(path)
-    trace = read_mooncake(path) if head.startswith("{") else read_azure(path)
-    trace = _cut(replace(trace, name=text if text in _BUNDLED else trace.name), start, end)
+    if first_line(path).startswith("{"):
+        trace = _cut(read_mooncake(path), start, end)
+    else:
+        trace = read_azure(path, start=start, end=end)
+    if text in _BUNDLED:
+        trace = replace(trace, name=text)
+    if not len(trace):
+        raise ValueError(
+            f"{trace.name}: no request comes from {start:g} s to {end:g} s: choose a longer stretch"
+        )
     return trace if scale == 1 else trace.scaled(scale, seed)
 
 
