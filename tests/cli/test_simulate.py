@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import socket
+import subprocess
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
+from urllib.request import urlopen
 
 import pytest
 import yaml
@@ -243,17 +248,40 @@ def test_a_prometheus_that_does_not_answer_is_one_line(tier):
         (["--trace", "azure-conv", "--tier", "TIER", "--metric-gap", "5m:1m"], "FROM must come before TO"),
         (["--trace", "azure-conv", "--tier", "TIER", "--metric-fault", "odd:1:2"], "the kinds are"),
         (["--trace", "azure-conv", "--tier", "TIER", "--start-up-seconds", "x"], "lognormal:130:0.25"),
-        (["--trace", "azure-conv", "--tier", "TIER", "--model-error", "-1"], "use a factor above 0"),
+        (["--trace", "azure-conv", "--tier", "TIER", "--model-error", "-1"], "use a factor from"),
         (
             ["--trace", "azure-conv", "--trace", "azure-code", "--tier", "TIER"],
             "one for all, or one for each",
         ),
+        (["--trace", "azure-conv", "--tier", "TIER", "--metric-gap", "a:b"], "is no time"),
+        (["--trace", "azure-conv", "--tier", "TIER", "--metric-gap", "2h:3h"], "choose an earlier time"),
+        (["--trace", "azure-conv", "--tier", "TIER", "--crash", "2h"], "choose an earlier time"),
+        (["--trace", "azure-conv", "--tier", "TIER", "--scale", "1e7"], "lower the rate"),
+        (["--trace", "step:1:1e9:3600", "--tier", "TIER"], "lower the rate"),
+        (["--trace", "sawtooth:1:2:60:0", "--tier", "TIER"], "write SHAPE"),
+        (["--trace", "step:1:2:60", "--tier", "TIER", "--prompt-tokens", "0"], "use 1 to"),
+        (["--trace", "step:1:2:60", "--tier", "TIER", "--output-tokens", "nan"], "use 1 to"),
+        (["--trace", "azure-conv", "--tier", "TIER", "--model-error", "inf"], "from 0.01 to 100"),
+        (
+            ["--trace", "azure-conv", "--tier", "TIER", "--from", "10m", "--to", "5m"],
+            "give --from below --to",
+        ),
+        (
+            ["--trace", "azure-conv", "--tier", "TIER", "--min-replicas", "9", "--max-replicas", "3"],
+            "give a smaller one",
+        ),
+        (["--from-prometheus", "http://127.0.0.1:9", "--tier", "TIER", "--last", "0"], "look back"),
+        (["--trace", "azure-conv", "--tier", "no-such.yaml"], "no-such.yaml"),
+        (["--trace", "azure-conv", "--tier", "chat"], "no such file, and"),
         (["--trace", "azure-conv", "--tier", "EMPTY"], "kind: ServingTier"),
         (["--trace", "azure-conv", "--tier", "BROKEN"], "no YAML"),
         (["--trace", "azure-conv", "--tier", "WRONG"], "tier"),
     ],
 )
-def test_what_cannot_be_simulated_is_one_line_that_names_the_mend(tier, tmp_path, arguments, mend):
+def test_what_cannot_be_simulated_is_one_line_that_names_the_mend(
+    tier, tmp_path, monkeypatch, arguments, mend
+):
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     (tmp_path / "empty.yaml").write_text("kind: ConfigMap\n")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     (tmp_path / "wrong.yaml").write_text("kind: ServingTier\nspec: {tier: Fast, model: {name: x}}\n")
@@ -265,3 +293,132 @@ def test_what_cannot_be_simulated_is_one_line_that_names_the_mend(tier, tmp_path
     assert mend in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not result.stdout
+
+
+def test_a_tier_can_be_the_one_in_the_cluster(monkeypatch):
+    asked: list[tuple[object, ...]] = []
+
+    def found(*arguments: object) -> dict[str, object]:
+        asked.append(arguments)
+        return DOCUMENT
+
+    monkeypatch.setattr("servingtiers.cli.simulate.tier_from_cluster", found)
+    result = call("--trace", "step:2:2:60", "--tier", "chat", "-n", "llm", "-o", "json")
+    assert result.exit_code == 0, result.output
+    assert asked == [("chat", "llm", None)]
+
+
+def test_tiers_of_a_pool_lend_and_have_figures_of_their_own(tmp_path):
+    documents: list[dict[str, object]] = [
+        {"apiVersion": "servingtiers.io/v1alpha1", "kind": "TierPool", "metadata": {"name": "shared", "namespace": "llm"},
+         "spec": {"servedModelName": "llama", "maxAccelerators": 6}}
+    ]  # fmt: skip
+    for name, tier, count, priority in (("chat", "Latency", 2, 200), ("batch", "Throughput", 4, 50)):
+        scaling = {"minReplicas": count, "maxReplicas": count}
+        hint = {"promptTokens": {"mean": 900, "p95": 2700}, "outputTokens": {"mean": 200, "p95": 600}}
+        spec = {
+            **DOCUMENT["spec"],  # type: ignore[dict-item]
+            "tier": tier,
+            "workload": hint,
+            "sharedPool": {"name": "shared", "priority": priority},
+            "pool": {
+                "hardware": {"accelerators": ["a100-sxm-80gb"], "tensorParallel": 1},
+                "engine": {"maxNumSeqs": 64, "maxModelLen": 16384},
+                "scaling": scaling,
+            },
+        }
+        documents.append({**DOCUMENT, "metadata": {"name": name, "namespace": "llm"}, "spec": spec})
+    path = tmp_path / "both.yaml"
+    path.write_text(yaml.safe_dump_all(documents))
+    arguments = (
+        *("--tier", path, "--trace", "spike:2:24:900:240", "--trace", "step:3:3:900"),
+        *("--prompt-tokens", 900, "--output-tokens", 200, "--policy", "servingtiers,servingtiers-unshared"),
+        "--no-clairvoyant",
+    )
+    result = call(*arguments, "-o", "json")
+    assert result.exit_code == 0, result.output
+    lending, apart = json.loads(result.stdout)["runs"]
+    assert set(lending["tiers"]) == {"llm/chat", "llm/batch"}
+    assert lending["tiers"]["llm/chat"]["borrowed"] > 0 == apart["borrowed"]
+    assert lending["requests"] == sum(each["requests"] for each in lending["tiers"].values())
+    rows = call(*arguments).stdout.splitlines()
+    tiers = ["llm/chat", "llm/batch"]
+    assert [row.split()[0] for row in rows[1:]] == ["servingtiers", *tiers, "servingtiers-unshared", *tiers]
+    page = call(*arguments, "-o", "html").stdout
+    assert "Engines that changed hands" in page
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+@pytest.mark.skipif(
+    not (shutil.which("prometheus") and shutil.which("promtool")),
+    reason="no prometheus on the PATH: install it (Debian: apt-get install prometheus)",
+)
+def test_traffic_that_a_real_prometheus_recorded_is_replayed(tier, tmp_path):
+    """An hour of samples is put into its store as blocks: 3 requests/s, then 9, prompts of 200 to 500 tokens."""
+    now = int(time.time()) // 60 * 60
+    begin = now - 3600
+    lines: list[str] = []
+    kinds = {
+        "vllm_router_processed_requests": ('worker="http://10.0.0.1:8000"', "llm", "chat-router-abc"),
+        "vllm:request_success": ('finished_reason="stop"', "llm", "chat-pool-abc-1"),
+    }
+
+    def count(at: int) -> float:
+        return 3.0 * min(at - begin, 1800) + 9.0 * max(at - begin - 1800, 0)
+
+    for name, (labels, namespace, pod) in kinds.items():
+        lines.append(f"# TYPE {name} counter")
+        lines.extend(
+            f'{name}_total{{{labels},namespace="{namespace}",pod="{pod}"}} {count(at)} {at}'
+            for at in range(begin, now + 1, 15)
+        )
+    for name, low, high in (
+        ("vllm:request_prompt_tokens", "200", "500"),
+        ("vllm:request_generation_tokens", "50", "100"),
+    ):
+        lines.append(f"# TYPE {name} histogram")
+        for at in range(begin, now + 1, 15):
+            pod = 'namespace="llm",pod="chat-pool-abc-1"'
+            for bound, value in ((low, 0.0), (high, count(at)), ("+Inf", count(at))):
+                lines.append(f'{name}_bucket{{le="{bound}",{pod}}} {value} {at}')
+            lines.append(f"{name}_count{{{pod}}} {count(at)} {at}")
+            lines.append(f"{name}_sum{{{pod}}} {count(at) * 300} {at}")
+    samples = tmp_path / "samples.txt"
+    samples.write_text("\n".join([*lines, "# EOF", ""]))
+    store = tmp_path / "store"
+    subprocess.run(
+        ["promtool", "tsdb", "create-blocks-from", "openmetrics", str(samples), str(store)],
+        check=True,
+        capture_output=True,
+    )
+    config = tmp_path / "prometheus.yml"
+    config.write_text("scrape_configs: []\n")
+    port = _free_port()
+    process = subprocess.Popen(
+        [
+            *("prometheus", f"--config.file={config}", f"--storage.tsdb.path={store}"),
+            f"--web.listen-address=127.0.0.1:{port}",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            try:
+                with urlopen(f"{url}/-/ready", timeout=1):  # noqa: S310
+                    break
+            except OSError:
+                time.sleep(0.1)
+        result = call("--from-prometheus", url, "--last", "55m", "--tier", tier, "-o", "json")
+    finally:
+        process.terminate()
+        process.wait(10)
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["runs"]
+    assert found["requests"] == pytest.approx(3 * 1500 + 9 * 1800, rel=0.06)

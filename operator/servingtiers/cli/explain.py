@@ -13,12 +13,12 @@ from pydantic import ValidationError
 
 from servingtiers.api.spec import ServingTier
 from servingtiers.api.status import Condition, EffectivePool, ObjectiveStatus, PoolStatus, ServingTierStatus
+from servingtiers.cli._cluster import tier_from_cluster
 from servingtiers.cli._options import InputError, OneLineCommand
 
 __all__ = ["command", "tell"]
 
-_GROUP, _VERSION, _PLURAL = "servingtiers.io", "v1alpha1", "servingtiers"
-_TIMEOUT_SECONDS = 15
+_VERSION = "v1alpha1"
 _QUIET_WHEN_FALSE = {"Reconciling", "Stalled", "ScalingLimited", "Conflict", "PlanOutdated"}
 """Conditions that are worth a line only when they are not False."""
 
@@ -46,7 +46,7 @@ def command(
     if path is not None:
         raw = _from_file(path, name)
     elif name is not None:
-        raw = _from_cluster(name, namespace, context)
+        raw = tier_from_cluster(name, namespace, context)
     else:
         raise InputError("name a tier, or a file with -f (see servingtiers explain --help)")
     try:
@@ -82,38 +82,6 @@ def _from_file(path: Path, name: str | None) -> dict[str, Any]:
         raise InputError(f"{path} holds no ServingTier{f' named {name}' if name else ''}")
     known = ", ".join(str(item.get("metadata", {}).get("name")) for item in tiers)
     raise InputError(f"{path} holds several tiers: name one of {known}")
-
-
-def _from_cluster(name: str, namespace: str | None, context: str | None) -> dict[str, Any]:
-    # The client takes half a second to import: --help and -f need not wait for it.
-    from kubernetes import client, config
-    from kubernetes.client.exceptions import ApiException
-    from urllib3.exceptions import HTTPError
-
-    try:
-        config.load_kube_config(context=context)
-        if namespace is None:
-            contexts, current = config.list_kube_config_contexts()
-            chosen = next((each for each in contexts if each["name"] == context), current)
-            namespace = chosen["context"].get("namespace") or "default"
-    except config.ConfigException as error:
-        raise InputError(f"no cluster to ask: {error}; set KUBECONFIG, or give the tier with -f") from error
-    api = client.CustomObjectsApi()
-    try:
-        found: dict[str, Any] = api.get_namespaced_custom_object(
-            _GROUP, _VERSION, namespace, _PLURAL, name, _request_timeout=_TIMEOUT_SECONDS
-        )
-    except ApiException as error:
-        if error.status == 404:
-            raise InputError(
-                f"no ServingTier {name} in namespace {namespace}: see kubectl get servingtiers -A"
-            ) from error
-        raise InputError(
-            f"the API server answers {error.status} {error.reason} for {namespace}/{name}"
-        ) from error
-    except HTTPError as error:
-        raise InputError(f"the API server does not answer: {' '.join(str(error).split())}") from error
-    return found
 
 
 def _as_json(tier: ServingTier) -> dict[str, Any]:

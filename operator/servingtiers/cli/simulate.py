@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import yaml
 
+from servingtiers.cli._cluster import tier_from_cluster
 from servingtiers.cli._options import InputError, OneLineCommand, input_errors
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+_MOST_TOKENS = 10_000_000
+_LEAST_RECORDED = 120.0
 _DURATION = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
 
@@ -64,7 +68,10 @@ def _span(text: str, option: str) -> tuple[float, float]:
     start, separator, end = text.partition(":")
     if not separator:
         raise InputError(f"{option} {text!r}: write FROM:TO, such as 20m:35m")
-    first, last = (_MOMENT.convert(part, None, None) for part in (start, end))
+    try:
+        first, last = (_MOMENT.convert(part, None, None) for part in (start, end))
+    except click.BadParameter as error:
+        raise InputError(f"{option} {text!r}: {error.message}") from error
     if not first < last:
         raise InputError(f"{option} {text!r}: FROM must come before TO")
     return first, last
@@ -105,9 +112,12 @@ def _span(text: str, option: str) -> tuple[float, float]:
     "--tier",
     "tiers",
     multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE.yaml",
-    help="The ServingTier to try; several share the accelerators.",
+    help="The ServingTier to try: a file, or the name of one in the cluster. Several share the accelerators; those of one "
+    "sharedPool lend each other engines.",
+)
+@click.option(
+    "-n", "--namespace", help="Where to look for a --tier NAME; the kubeconfig's own when left out."
 )
 @click.option(
     "--policy",
@@ -197,7 +207,7 @@ def _span(text: str, option: str) -> tuple[float, float]:
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def command(
     traces: tuple[str, ...],
-    tiers: tuple[Path, ...],
+    tiers: tuple[str, ...],
     policy: str,
     seeds: int,
     output: str,
@@ -227,6 +237,10 @@ def command(
             "no traffic, or two: give --trace, such as azure-conv or a CSV file, or --from-prometheus URL"
         )
     names = _names(policy)
+    _check(flags)
+    documents = [
+        (where, document) for each in tiers for where, document in _documents(each, flags["namespace"])
+    ]
     results: list[tuple[Score, RunResult]] = []
     limits: list[Clairvoyant | None] = []
     want_limit = len(names) > 1 if clairvoyant is None else clairvoyant
@@ -235,7 +249,7 @@ def command(
     with _progress(quiet, seeds * (len(names) + (10 if want_limit else 0))) as step:
         for seed in range(seeds):
             with input_errors():
-                scenario = _scenario(tiers, traces, seed, flags)
+                scenario = _scenario(documents, traces, seed, flags)
             try:
                 limit = _limit(scenario, seed, step) if want_limit or "clairvoyant" in names else None
             except KeyboardInterrupt:
@@ -299,18 +313,86 @@ def _names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _documents(path: Path) -> Iterator[dict[str, Any]]:
+def _check(flags: dict[str, Any]) -> None:
+    """Refuse numbers that no simulation can be made of."""
+    for option in ("prompt_tokens", "output_tokens"):
+        if not 1 <= flags[option] <= _MOST_TOKENS:
+            raise InputError(f"--{option.replace('_', '-')} {flags[option]:g}: use 1 to {_MOST_TOKENS}")
+    if not 0.01 <= flags["model_error"] <= 100:
+        raise InputError(
+            f"--model-error {flags['model_error']:g}: use a factor from 0.01 to 100, such as 1.4"
+        )
+    if not 0 < flags["scale"] < math.inf:
+        raise InputError(f"--scale {flags['scale']:g}: use a number above 0, such as 0.5 or 8")
+    if not flags["start"] < flags["end"]:
+        raise InputError(
+            f"--from {flags['start']:g} s is not before --to {flags['end']:g} s: give --from below --to"
+        )
+    least, most = flags["min_replicas"], flags["max_replicas"]
+    if least is not None and most is not None and least > most:
+        raise InputError(f"--min-replicas {least} is above --max-replicas {most}: give a smaller one")
+    if flags["prometheus"] and flags["last"] < _LEAST_RECORDED:
+        raise InputError(f"--last {flags['last']:g} s: look back for {_LEAST_RECORDED:g} s or more")
+
+
+def _check_times(seconds: float, flags: dict[str, Any]) -> None:
+    """Refuse events that would never come."""
+    for option, values in (
+        ("metric-gap", flags["gaps"]),
+        ("metric-fault", [text.partition(":")[2] for text in flags["faults"]]),
+        ("outage", flags["outages"]),
+        ("shortage", flags["shortages"]),
+    ):
+        for text in values:
+            if _span(text, f"--{option}")[0] >= seconds:
+                raise InputError(
+                    f"--{option} {text}: the traffic ends at {seconds:g} s: choose an earlier time"
+                )
+    for time_ in flags["crashes"]:
+        if time_ >= seconds:
+            raise InputError(f"--crash {time_:g}: the traffic ends at {seconds:g} s: choose an earlier time")
+
+
+def _documents(given: str, namespace: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where it is from, ServingTier or TierPool) of a file, or of the cluster."""
+    path = Path(given)
+    if not path.exists() and re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", given):
+        try:
+            yield given, tier_from_cluster(given, namespace, None)
+        except InputError as error:
+            raise InputError(f"--tier {given}: no such file, and {error.message}") from error
+        return
     try:
         documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: no YAML that can be read ({' '.join(str(error).split())})") from error
-    found = [each for each in documents if isinstance(each, dict) and each.get("kind") == "ServingTier"]
-    if not found:
+    kinds = [each.get("kind") for each in documents if isinstance(each, dict)]
+    if "ServingTier" not in kinds:
         raise InputError(f"{path} holds no ServingTier: give a document with kind: ServingTier")
-    yield from found
+    for each in documents:
+        if isinstance(each, dict) and each.get("kind") in {"ServingTier", "TierPool"}:
+            yield str(path), each
 
 
-def _scenario(tiers: Sequence[Path], traces: Sequence[str], seed: int, flags: dict[str, Any]) -> Scenario:
+def _limits(documents: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, int]:
+    """Return the ``maxAccelerators`` of the TierPools that were given, by namespace and name."""
+    limits = {}
+    for where, document in documents:
+        if document.get("kind") != "TierPool":
+            continue
+        spec, meta = document.get("spec") or {}, document.get("metadata") or {}
+        most = spec.get("maxAccelerators")
+        if most is None:
+            continue
+        if not isinstance(most, int) or most < 1:
+            raise InputError(f"{where}: maxAccelerators {most!r}: use a whole number of 1 or more")
+        limits[f"{meta.get('namespace') or 'default'}/{meta.get('name')}"] = most
+    return limits
+
+
+def _scenario(
+    given: Sequence[tuple[str, dict[str, Any]]], traces: Sequence[str], seed: int, flags: dict[str, Any]
+) -> Scenario:
     from servingtiers.simulate.scenario import Crash, Delay, NodeShortage, Outage, Scenario
     from servingtiers.simulate.telemetry import FaultKind, MetricFault
     from servingtiers.simulate.tiers import parse_tier, tier_plan
@@ -323,7 +405,7 @@ def _scenario(tiers: Sequence[Path], traces: Sequence[str], seed: int, flags: di
             raise InputError(f"--metric-fault {text!r}: the kinds are {', '.join(FaultKind)}")
         faults.append(MetricFault(FaultKind(kind), *_span(span, "--metric-fault")))
     plans = []
-    documents = [(path, document) for path in tiers for document in _documents(path)]
+    documents = [each for each in given if each[1].get("kind") != "TierPool"]
     if traces and len(traces) not in {1, len(documents)}:
         raise InputError(
             f"{len(traces)} traces for {len(documents)} tiers: give one for all, or one for each"
@@ -340,9 +422,9 @@ def _scenario(tiers: Sequence[Path], traces: Sequence[str], seed: int, flags: di
                 output=flags["output_tokens"],
             )
         else:
-            with input_errors(str(path)):
+            with input_errors(path):
                 trace = _recorded(parse_tier(document), seed, flags)
-        with input_errors(str(path)):
+        with input_errors(path):
             plans.append(
                 tier_plan(
                     parse_tier(document),
@@ -356,6 +438,7 @@ def _scenario(tiers: Sequence[Path], traces: Sequence[str], seed: int, flags: di
     keys = [plan.key for plan in plans]
     if len(set(keys)) != len(keys):
         raise InputError("two tiers have the same namespace and name: rename one")
+    _check_times(max(plan.trace.seconds for plan in plans), flags)
     shortest = min(plan.trace.seconds for plan in plans)
     if flags["warm_up"] >= shortest:
         raise InputError(
@@ -365,6 +448,7 @@ def _scenario(tiers: Sequence[Path], traces: Sequence[str], seed: int, flags: di
         tiers=tuple(plans),
         start_up=Delay.parse(flags["start_up_seconds"]),
         accelerators=flags["accelerators"],
+        pool_accelerators=_limits(given),
         warm_up=flags["warm_up"],
         metric_faults=tuple(faults),
         crashes=tuple(Crash(time) for time in flags["crashes"]),

@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 JITTER_SECONDS = 30.0
+_MOST_REQUESTS = 50_000_000
+"""About 10 GB of state."""
 _MOONCAKE_BLOCK = 512
 """Tokens behind one entry of ``hash_ids`` (Mooncake's trace format)."""
 
@@ -122,6 +124,7 @@ class Trace:
         """
         if not (0 < factor < math.inf):
             raise ValueError(f"scale {factor:g}: use a number above 0, such as 0.5 or 8")
+        _check_count(self.name, factor * len(self))
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 0x5CA1E])))
         parts: list[tuple[NDArray[np.float64], NDArray[np.int64]]] = []
         every = np.arange(len(self))
@@ -166,6 +169,14 @@ class Trace:
                 shared=self.shared[keep],
             ),
             dropped,
+        )
+
+
+def _check_count(name: str, requests: float) -> None:
+    if not requests <= _MOST_REQUESTS:
+        raise ValueError(
+            f"{name}: {requests:.3g} requests are more than the {_MOST_REQUESTS:,} that are simulated at once: "
+            "lower the rate or take a part with --from and --to"
         )
 
 
@@ -447,12 +458,14 @@ def synthetic(
         len(parts) not in {4, 5}
         or parts[0] not in _SHAPES
         or not (low >= 0 and high >= 0 and max(low, high) > 0 and seconds > 0)
+        or not (argument is None or argument > 0)
     ):
         raise ValueError(usage)
     shape = _SHAPES[parts[0]](low, high, seconds, argument)
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 0x57A9])))
     # Thinning (Lewis and Shedler 1979): a Poisson stream at the highest rate, kept with rate(t) / highest.
     most = max(low, high)
+    _check_count(text, most * seconds)
     count = generator.poisson(most * seconds)
     times = np.sort(generator.random(count) * seconds)
     times = times[generator.random(count) * most < shape(times)]
