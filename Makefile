@@ -27,7 +27,7 @@ $(STAMP): requirements/dev.txt pyproject.toml
 .PHONY: lock
 lock: ## Resolve the dependencies anew into requirements/
 	$(PYTHON) -m venv build/lock && build/lock/bin/pip install --quiet uv
-	build/lock/bin/uv pip compile --quiet pyproject.toml --all-extras --group test --group lint --group build --universal \
+	build/lock/bin/uv pip compile --quiet pyproject.toml --all-extras --group test --group lint --group build --group e2e --universal \
 	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -o requirements/dev.txt
 	build/lock/bin/uv pip compile --quiet pyproject.toml --universal -c requirements/dev.txt \
 	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -o requirements/operator.txt
