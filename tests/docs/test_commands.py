@@ -24,6 +24,7 @@ ELSEWHERE = {
     r"(\.venv/bin/)?servingtiers demo( --.*)?": "tests/lab/test_demo_ring.py",
     r"(KUBECONFIG=\S+ )?(\.venv/bin/)?servingtiers explain .*": "tests/cli/test_explain.py",
     r"servingtiers profile .*": "tests/cli/test_profile.py",
+    r"servingtiers bench .*": "tests/cli/test_bench.py",
     r"kubectl .*--kubeconfig .*": "tests/lab/test_demo_ring.py",
     r"helm (install|upgrade|uninstall|test|get|show|rollback) .*": "tests/ring/test_chart.py",
     r"kubectl (create|label|rollout|get|apply|delete|annotate|port-forward|patch|describe|kustomize|wait|logs|edit|set) .*": "tests/ring/test_chart.py",

@@ -24,6 +24,7 @@ _COMMANDS = {
     "plan": "Find the cheapest fleet that keeps the objectives.",
     "predict": "Predict the latencies of one configuration.",
     "profile": "Measure the step times of a running engine.",
+    "bench": "Replay traffic against a live endpoint and measure it.",
     "simulate": "Replay traffic against a tier before it is applied.",
     "demo": "Run three tiers on a local control plane with simulated engines.",
 }

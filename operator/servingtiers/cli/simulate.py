@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from servingtiers.simulate.scoring import Score
     from servingtiers.simulate.traces import Trace
 
-__all__ = ["command"]
+__all__ = ["MOMENT", "command", "tier_documents"]
 
 _MOST_TOKENS = 10_000_000
 _LEAST_RECORDED = 120.0
@@ -61,7 +61,8 @@ class _Moment(click.ParamType[float]):
         return seconds
 
 
-_MOMENT = _Moment()
+MOMENT = _Moment()
+"""The type of options that are a time."""
 
 
 def _span(text: str, option: str) -> tuple[float, float]:
@@ -69,7 +70,7 @@ def _span(text: str, option: str) -> tuple[float, float]:
     if not separator:
         raise InputError(f"{option} {text!r}: write FROM:TO, such as 20m:35m")
     try:
-        first, last = (_MOMENT.convert(part, None, None) for part in (start, end))
+        first, last = (MOMENT.convert(part, None, None) for part in (start, end))
     except click.BadParameter as error:
         raise InputError(f"{option} {text!r}: {error.message}") from error
     if not first < last:
@@ -94,7 +95,7 @@ def _span(text: str, option: str) -> tuple[float, float]:
 )
 @click.option(
     "--last",
-    type=_MOMENT,
+    type=MOMENT,
     default=6 * 3600.0,
     help="With --from-prometheus, how far to look back (6h).",
     metavar="TIME",
@@ -106,8 +107,8 @@ def _span(text: str, option: str) -> tuple[float, float]:
     show_default=True,
     help="Factor on the rate: below 1 thins at random, above 1 superposes copies jittered by ±30 s.",
 )
-@click.option("--from", "start", type=_MOMENT, default=0.0, help="Where in the trace to begin (90, 15m, 2h).")
-@click.option("--to", "end", type=_MOMENT, default=math.inf, help="Where in the trace to end.")
+@click.option("--from", "start", type=MOMENT, default=0.0, help="Where in the trace to begin (90, 15m, 2h).")
+@click.option("--to", "end", type=MOMENT, default=math.inf, help="Where in the trace to end.")
 @click.option(
     "--tier",
     "tiers",
@@ -136,7 +137,7 @@ def _span(text: str, option: str) -> tuple[float, float]:
     help="From node to readiness: seconds, constant:S or lognormal:MEDIAN:SIGMA.",
 )
 @click.option(
-    "--warm-up", type=_MOMENT, default=0.0, help="Time at the start that is simulated and not scored (10m)."
+    "--warm-up", type=MOMENT, default=0.0, help="Time at the start that is simulated and not scored (10m)."
 )
 @click.option("--max-replicas", type=click.IntRange(1, 1000), help="Overrides every pool's maxReplicas.")
 @click.option("--min-replicas", type=click.IntRange(0, 1000), help="Overrides every pool's minReplicas.")
@@ -168,7 +169,7 @@ def _span(text: str, option: str) -> tuple[float, float]:
     "no-history, slow-scrape or twice.",
 )
 @click.option(
-    "--crash", "crashes", multiple=True, type=_MOMENT, metavar="TIME", help="One engine dies at this time."
+    "--crash", "crashes", multiple=True, type=MOMENT, metavar="TIME", help="One engine dies at this time."
 )
 @click.option(
     "--outage", "outages", multiple=True, metavar="FROM:TO", help="The autoscaler does not run in this time."
@@ -239,7 +240,7 @@ def command(
     names = _names(policy)
     _check(flags)
     documents = [
-        (where, document) for each in tiers for where, document in _documents(each, flags["namespace"])
+        (where, document) for each in tiers for where, document in tier_documents(each, flags["namespace"])
     ]
     results: list[tuple[Score, RunResult]] = []
     limits: list[Clairvoyant | None] = []
@@ -353,7 +354,7 @@ def _check_times(seconds: float, flags: dict[str, Any]) -> None:
             raise InputError(f"--crash {time_:g}: the traffic ends at {seconds:g} s: choose an earlier time")
 
 
-def _documents(given: str, namespace: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def tier_documents(given: str, namespace: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (where it is from, ServingTier or TierPool) of a file, or of the cluster."""
     path = Path(given)
     if not path.exists() and re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", given):

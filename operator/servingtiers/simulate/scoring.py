@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from servingtiers.simulate.fleet import Move, PoolHistory, RunResult, TierOutcome
 from servingtiers.simulate.scenario import slo_of
 
-__all__ = ["Score", "missed", "reversals", "score", "score_tier"]
+__all__ = ["Score", "missed", "reversals", "score", "score_tier", "worst_five_minutes"]
 
 _LEAST_REQUESTS = 20
 """A window of five minutes with fewer requests has no attainment worth a number."""
@@ -130,6 +130,18 @@ def reversals(moves: Iterable[Move]) -> int:
     return count
 
 
+def worst_five_minutes(
+    arrival: NDArray[np.float64], bad: NDArray[np.bool_], start: float, end: float
+) -> float:
+    """Return the least attainment of any five minutes with enough requests to tell, by arrival; 1 without any."""
+    worst = 1.0
+    for begin in np.arange(start, end, 300.0):
+        window = bad[(arrival >= begin) & (arrival < begin + 300.0)]
+        if len(window) >= _LEAST_REQUESTS:
+            worst = min(worst, 1.0 - float(window.mean()))
+    return worst
+
+
 def score_tier(result: RunResult, outcome: TierOutcome) -> Score:
     """Return the figures of one tier."""
     found = _latencies(outcome)
@@ -144,11 +156,7 @@ def score_tier(result: RunResult, outcome: TierOutcome) -> Score:
         if name not in limits and len(bad):
             attainment[name] = float(np.isfinite(found[name]).mean())
     attainment["joint"] = float(1.0 - bad.mean()) if len(bad) else 1.0
-    worst = 1.0
-    for start in np.arange(result.warm_up, result.seconds, 300.0):
-        window = bad[(outcome.arrival >= start) & (outcome.arrival < start + 300.0)]
-        if len(window) >= _LEAST_REQUESTS:
-            worst = min(worst, 1.0 - float(window.mean()))
+    worst = worst_five_minutes(outcome.arrival, bad, result.warm_up, result.seconds)
     moves = [move for move in result.moves if move.tier == outcome.plan.key and move.time >= result.warm_up]
     unfinished = np.isnan(outcome.last) & ~outcome.refused
     spent = np.where(np.isinf(found["e2e"]), result.seconds + result.grace - outcome.arrival, found["e2e"])

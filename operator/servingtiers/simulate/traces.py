@@ -154,6 +154,20 @@ class Trace:
         last = np.nextafter(self.seconds, 0.0)
         return np.clip(np.where(moved > last, 2 * last - moved, moved), 0.0, last)
 
+    def lengthened(self, factor: float) -> Trace:
+        """Return the trace with all lengths times ``factor``, at least one token each; arrivals stay."""
+        prompt, output, shared = (
+            np.rint(each * factor).astype(np.int64) for each in (self.prompt, self.output, self.shared)
+        )
+        prompt = np.maximum(prompt, 1)
+        return replace(
+            self,
+            name=f"{self.name}, lengths × {factor:g}",
+            prompt=prompt,
+            output=np.maximum(output, 1),
+            shared=np.minimum(shared, prompt - 1),
+        )
+
     def capped(self, tokens: int) -> tuple[Trace, int]:
         """Return the trace without requests longer than ``tokens`` (an engine answers 400), and how many went."""
         keep = self.prompt + self.output <= tokens
