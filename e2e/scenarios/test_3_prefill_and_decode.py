@@ -11,6 +11,7 @@ import aiohttp
 from harness.kube import pod_ready, scrape, total, wait_for
 from harness.tiers import disaggregated
 from harness.traffic import Traffic, ask, prompt
+from servingtiers.core.vllm_metrics import ROUTER_METRICS
 
 SOURCE = "vllm:prompt_tokens_by_source_total"
 
@@ -68,6 +69,10 @@ async def test_decode_gets_its_prompts_from_prefill_and_the_pools_scale_apart(pr
     assert [each for each in more if not each.ok] == []
     shares = [total(page, "vllm:request_success_total") for page in _pages(kube, "split", "decode")]
     assert min(shares) >= 3
+
+    (router,) = kube.routers("split")
+    page = scrape(f"http://{router['status']['podIP']}:29000/metrics")
+    assert total(page, ROUTER_METRICS.pd_completed) >= len(answers) + len(more)
 
     figures(
         f"Ready {ready:.0f} s after apply; {moved:.0f} of {prompts:.0f} prompt tokens ({moved / prompts:.1%}) reached "

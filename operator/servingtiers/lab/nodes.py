@@ -40,6 +40,7 @@ from servingtiers.lab.engines import EngineConfig, EngineState, LabStepModel, Si
 from servingtiers.lab.kube import STRATEGIC, Kube
 from servingtiers.lab.processes import Child, Children
 from servingtiers.lab.simulated_router import SimulatedRouter
+from servingtiers.render.engine import FIRST_COMPLETION
 
 __all__ = ["NodeOptions", "NodeShape", "SimulatedNodes", "default_start_seconds", "expand"]
 
@@ -332,11 +333,11 @@ class _Container:
         logger.warning("%s: the liveness probe of %s failed", self.pod, self.name)
 
     async def _once(self, probe: Mapping[str, Any]) -> bool:
+        if FIRST_COMPLETION in probe.get("exec", {}).get("command", ()):
+            return await self._completed(probe)
         get = probe.get("httpGet")
         if get is None:
-            return (
-                True  # exec, tcpSocket and grpc probes are taken as passed: nothing rendered here uses them
-            )
+            return True  # other probes are taken as passed: nothing rendered here uses them
         port = get["port"]
         if isinstance(port, str):
             port = next(
@@ -348,6 +349,18 @@ class _Container:
             async with self.pod.nodes.probes.get(url, timeout=timeout, allow_redirects=False) as answer:
                 return 200 <= answer.status < 400
         except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    async def _completed(self, probe: Mapping[str, Any]) -> bool:
+        """Ask what the probe's program asks: no program runs in a simulated container."""
+        name, port, seconds = probe["exec"]["command"][-3:]
+        body = {"model": expand(name, {}), "prompt": "Hello", "max_tokens": 2, "ignore_eos": True}
+        url = f"http://{self.pod.address}:{port}/v1/completions"
+        timeout = aiohttp.ClientTimeout(total=float(seconds))
+        try:
+            async with self.pod.nodes.probes.post(url, json=body, timeout=timeout) as answer:
+                return answer.status == 200 and bool((await answer.json())["choices"])
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
             return False
 
     async def stop(self, deadline: float) -> None:
