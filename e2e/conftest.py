@@ -91,6 +91,15 @@ def room(request: pytest.FixtureRequest, cluster: Cluster | KindCluster, kube: K
 
 
 @pytest.fixture(scope="session")
+def dying_engine(cluster: Cluster | KindCluster) -> str:
+    """Return the image of an engine that dies on its first request."""
+    if not isinstance(cluster, Cluster):
+        pytest.skip("that image needs an environment that the node mounts")
+    Images(cluster.places).engine_dies()
+    return built.ENGINE_DIES
+
+
+@pytest.fixture(scope="session")
 def prometheus(cluster: Cluster | KindCluster, kube: Kube) -> monitoring.Prometheus:
     """Install Prometheus."""
     if isinstance(cluster, Cluster):

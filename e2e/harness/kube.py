@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,24 @@ class Kube:
     def routers(self, tier: str) -> list[dict[str, Any]]:
         """Return the router pods of a tier."""
         return self.pods(f"app.kubernetes.io/component=router,servingtiers.io/tier={tier}")
+
+    def usage(self, pod: Mapping[str, Any]) -> tuple[float, float, float]:
+        """Return moment, processor seconds used so far and resident MiB of a pod's containers, by the kubelet."""
+        node = pod["spec"]["nodeName"]
+        document = json.loads(self.run("get", "--raw", f"/api/v1/nodes/{node}/proxy/stats/summary"))
+        mine = next(each for each in document["pods"] if each["podRef"]["uid"] == pod["metadata"]["uid"])
+        containers = mine["containers"]
+        at = max(datetime.fromisoformat(each["cpu"]["time"]).timestamp() for each in containers)
+        seconds = sum(each["cpu"]["usageCoreNanoSeconds"] for each in containers) / 1e9
+        return at, seconds, sum(each["memory"]["rssBytes"] for each in containers) / 2**20
+
+    def image_mib(self, image: str) -> float:
+        """Return the size of an image that a node holds, MiB; NaN where none does."""
+        for node in self.listed("nodes"):
+            for each in node["status"].get("images", []):
+                if image in each["names"]:
+                    return float(each["sizeBytes"]) / 2**20
+        return math.nan
 
     def condition(self, tier: str, kind: str) -> dict[str, Any]:
         """Return one condition of a tier; empty where there is none yet."""

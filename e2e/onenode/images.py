@@ -21,7 +21,7 @@ from onenode.places import Places
 from onenode.programs import say
 from servingtiers.lab.binaries import run_with_progress
 
-__all__ = ["BASE", "ENGINE", "OPERATOR", "PAUSE", "PROMETHEUS", "ROUTER", "Image", "Images"]
+__all__ = ["BASE", "ENGINE", "ENGINE_DIES", "OPERATOR", "PAUSE", "PROMETHEUS", "ROUTER", "Image", "Images"]
 
 ROOT = Path(__file__).parents[2]
 """The repository."""
@@ -32,6 +32,8 @@ PAUSE = "localhost/pause:1"
 BASE = "localhost/python:3.11-bookworm"
 OPERATOR = "localhost/servingtiers/operator:e2e"
 ENGINE = "localhost/servingtiers/vllm-cpu:v0.32.0"
+ENGINE_DIES = "localhost/servingtiers/vllm-cpu-dies:v0.32.0"
+"""An engine that dies on its first request."""
 ROUTER = "localhost/servingtiers/vllm-router:v0.1.17"
 PROMETHEUS = "localhost/prometheus:3"
 
@@ -213,12 +215,19 @@ class Images:
     def engine(self) -> Image:
         """Build the engine's image: a shim, because the runtime mounts the 6 GB environment from the node."""
         programs.engine(self._places)
-        files = [_FILES / "engine.Dockerfile", _FILES / "vllm"]
+        return self._shim(ENGINE, "engine.Dockerfile", "vllm")
+
+    def engine_dies(self) -> Image:
+        """Build the image of an engine that dies on its first request."""
+        return self._shim(ENGINE_DIES, "engine-dies.Dockerfile", "vllm-dies")
+
+    def _shim(self, name: str, dockerfile: str, program: str) -> Image:
+        files = [_FILES / dockerfile, _FILES / program]
         return self._build(
-            ENGINE,
+            name,
             self._key(BASE, files=files),
             [
-                *("bud", "--tag", ENGINE, "--build-arg", f"BASE_IMAGE={BASE}", "--pull=false"),
+                *("bud", "--tag", name, "--build-arg", f"BASE_IMAGE={BASE}", "--pull=false"),
                 *("-f", str(files[0]), str(_FILES)),
             ],
         )

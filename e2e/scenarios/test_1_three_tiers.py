@@ -11,6 +11,7 @@ import aiohttp
 from harness.kube import scrape, total
 from harness.tiers import tier
 from harness.traffic import Answer, ask, prompt
+from onenode.images import BASE
 
 TIERS = {"chat": "Latency", "assistant": "Balanced", "batch": "Throughput"}
 
@@ -59,6 +60,22 @@ async def test_three_tiers_answer_completions_chat_and_streams_through_their_rou
     batches = [int(flags[name]["--max-num-seqs"]) for name in TIERS]
     assert batches == sorted(batches)
     assert len(set(batches)) == 3
+
+    # The operator itself, with three idle tiers. The kubelet measures every 10 s or so.
+    (operator,) = product.operators()
+    await asyncio.sleep(20)
+    began, used, _ = kube.usage(operator)
+    await asyncio.sleep(60)
+    ended, more, resident = kube.usage(operator)
+    busy = (more - used) / (ended - began)
+    figures(
+        f"operator idle with three tiers: {busy:.2%} of a core over {ended - began:.0f} s, {resident:.0f} MiB resident,"
+        f" image {kube.image_mib(product.images['operator']):.0f} MiB of which its base is"
+        f" {kube.image_mib(BASE):.0f} MiB"
+    )
+    assert ended - began > 30
+    assert busy <= 0.02
+    assert resident <= 150 * 1e6 / 2**20
 
     worst = max(each.ttft or 0 for each in answers)
     figures(

@@ -48,3 +48,39 @@ async def test_a_rollout_without_a_free_accelerator_breaks_no_stream(product, ku
     assert traffic.broken == []
     assert traffic.failed == []
     assert most <= 2
+
+
+async def test_engines_that_die_on_their_first_request_take_no_traffic(
+    product, kube, cluster, dying_engine, figures
+):
+    """Their /health says 200 all the same: without a first completion each start would cost a user an answer."""
+    cluster.set_accelerators(2)
+    kube.apply(tier("chat", replicas=(2, 2)))
+    kube.wait_ready("chat", seconds=300)
+    wait_for("two engines", 240, lambda: sum(pod_ready(pod) for pod in kube.engines("chat")) == 2)
+    old = {pod["metadata"]["uid"] for pod in kube.engines("chat")}
+    traffic = Traffic(kube.service_url("chat"), rate=2, prompt_tokens=32, output_tokens=24, seed=41)
+    ever_ready = False
+
+    def died_twice():
+        nonlocal ever_ready
+        new = [pod for pod in kube.engines("chat") if pod["metadata"]["uid"] not in old]
+        ever_ready |= any(map(pod_ready, new))
+        states = [each for pod in new for each in pod["status"].get("containerStatuses", [])]
+        return any(each["restartCount"] >= 2 for each in states)
+
+    async with traffic.running():
+        await asyncio.sleep(5)
+        kube.patch("servingtier", "chat", {"spec": {"pool": {"engine": {"image": dying_engine}}}})
+        took = await asyncio.to_thread(wait_for, "a new engine that died twice", 300, died_twice)
+        left = [pod for pod in kube.engines("chat") if pod["metadata"]["uid"] in old]
+    events = kube.run("get", "events", "-o=jsonpath={range .items[*]}{.message}{'\\n'}{end}")
+    figures(
+        f"an engine that dies on its first request died twice in {took:.0f} s and was never Ready; {len(left)} of 2"
+        f" engines serve on; {traffic.summary()}"
+    )
+    assert not ever_ready
+    assert len(left) == 1
+    assert all(map(pod_ready, left))
+    assert traffic.failed == []
+    assert "no first completion" in events
