@@ -100,7 +100,8 @@ async def test_a_prefill_engine_that_goes_gives_up_its_kv_first(product, kube, f
         leaving = kube.engines("split", "prefill")[0]["metadata"]["name"]
         kube.delete("pod", leaving, "--wait=false")
         begun = time.monotonic()
-        gone = wait_for(
+        gone = await asyncio.to_thread(
+            wait_for,
             "the prefill engine gone",
             120,
             lambda: (

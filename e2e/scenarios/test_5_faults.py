@@ -70,12 +70,12 @@ async def test_serving_goes_on_and_nothing_shrinks_while_parts_are_away(
         replicas = Replicas(kube, "chat-pool")
 
         # Prometheus goes; the bound is lifted while nothing can be seen: only proof of idleness may shrink.
-        with_prometheus.stop()
+        await asyncio.to_thread(with_prometheus.stop)
         kube.patch("servingtier", "chat", {"spec": {"pool": {"scaling": {"minReplicas": 1}}}})
         await asyncio.sleep(45)
         assert _ready(kube, "chat") == 2
         kube.patch("servingtier", "chat", {"spec": {"pool": {"scaling": {"minReplicas": 2}}}})
-        with_prometheus.start()
+        await asyncio.to_thread(with_prometheus.start)
 
         # The operator is killed, and another leads.
         (operator,) = product.operators()
@@ -93,10 +93,10 @@ async def test_serving_goes_on_and_nothing_shrinks_while_parts_are_away(
         lines.append(f"operator back in {back:.0f} s")
 
         # The API server is killed for ten seconds.
-        cluster.stop("kube-apiserver", kill=True)
+        await asyncio.to_thread(cluster.stop, "kube-apiserver", kill=True)
         await asyncio.sleep(10)
         cluster.start("kube-apiserver")
-        cluster.wait_for_api_server()
+        await asyncio.to_thread(cluster.wait_for_api_server)
         await asyncio.sleep(10)
 
         # An engine is killed without a word; the router goes round it until its successor is there.

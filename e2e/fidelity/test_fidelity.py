@@ -1,0 +1,209 @@
+"""Real vLLM under a real trace, beside the simulator with a profile of that vLLM.
+
+``make e2e-fidelity``; ``SECONDS=60`` is the length of a run. Writes ``results.json`` beside this file, from which
+``python -m fidelity.page`` writes the page of the documentation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fidelity.compare import Engine, rows, simulated, step_model, verdicts
+from fidelity.page import write
+from harness.kube import pod_ready, wait_for
+from harness.tiers import engine, tier
+from servingtiers.performance.engine_sim import EngineConfig, PoolConfig, sustainable_rate
+from servingtiers.performance.profile import load_profile
+from servingtiers.performance.workload import Workload
+from servingtiers.simulate.traces import load_trace
+
+RESULTS = Path(__file__).parent / "results.json"
+PROFILE = Path(__file__).parent / "profile.csv"
+SECONDS = float(os.environ.get("SECONDS", "60"))
+REPEATS = int(os.environ.get("REPEATS", "2"))
+SHARES = (0.15, 0.25, 0.35, 0.45, 0.55, 0.62, 0.7, 0.78)
+"""Load points: shares of what the simulator says one engine sustains."""
+TRACE, FROM, LENGTHS, VOCABULARY = "azure-conv", 600, 0.1, 370
+ENGINE = Engine(max_num_seqs=8, max_num_batched_tokens=1024, block_size=32)
+
+
+def _tier(name, replicas):
+    return tier(
+        name,
+        "Balanced",
+        replicas=(replicas, replicas),
+        engine_settings=engine(
+            batch=ENGINE.max_num_seqs,
+            arguments={"block-size": str(ENGINE.block_size)},
+            maxNumBatchedTokens=ENGINE.max_num_batched_tokens,
+        ),
+    )
+
+
+async def _servingtiers(*arguments):
+    """Run the command as a user does, in the cluster's network."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "servingtiers.cli", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    assert process.returncode == 0, err.decode()[-1500:]
+    return out.decode(), err.decode()
+
+
+async def _replay(url, scale, tmp_path):
+    record = tmp_path / "requests.jsonl"
+    out, _ = await _servingtiers(
+        *("bench", "--url", url, "--model", "tiny", "--trace", TRACE, "--scale", f"{scale:.4f}"),
+        *("--from", str(FROM), "--to", str(FROM + SECONDS), "--length-scale", str(LENGTHS)),
+        *("--vocabulary", str(VOCABULARY), "--record", str(record), "--quiet", "-o", "json"),
+    )
+    (run,) = json.loads(out)["runs"]
+    return run, [json.loads(line) for line in record.read_text().splitlines()]
+
+
+def _commit():
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
+
+
+def _processor():
+    with Path("/proc/cpuinfo").open() as lines:
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+@pytest.mark.parametrize("case", ["one engine"])
+def test_nothing_is_compared_by_accident(case):
+    """The criterion is computed from figures that it can miss."""
+    point = {
+        "case": case,
+        "load": 1.0,
+        "runs": [
+            {
+                "measured": {m: {"p50": 10.0, "p99": 20.0} for m in ("ttftMs", "tpotMs", "e2eMs")},
+                "simulated": {m: {"p50": 13.0, "p99": 21.0} for m in ("ttftMs", "tpotMs", "e2eMs")},
+            }
+        ]
+        * 2,
+    }
+    found = {(each.metric, each.percentile): each.kept for each in verdicts(rows([point]))}
+    assert found["ttftMs", "p50"] is False
+    assert found["ttftMs", "p99"] is True
+
+
+async def test_the_simulator_says_what_a_real_engine_does(product, kube, figures, tmp_path):
+    kube.apply(_tier("one", 1))
+    kube.wait_ready("one", seconds=300)
+    (pod,) = kube.engines("one")
+    url = f"http://{pod['status']['podIP']}:8000"
+    begun = time.monotonic()
+    _, said = await _servingtiers(
+        *("profile", "--url", url, "--model", "tiny", "--vocabulary", str(VOCABULARY), "-o", str(PROFILE)),
+        *(part for batch in (1, 2, 4, 8) for part in ("--batch", str(batch))),
+        *("--context", "128", "--context", "256", "--context", "512"),
+        *(part for tokens in (32, 64, 128, 256, 512, 900) for part in ("--prompt-tokens", str(tokens))),
+        *("--max-num-seqs", str(ENGINE.max_num_seqs)),
+        *("--max-num-batched-tokens", str(ENGINE.max_num_batched_tokens)),
+    )
+    profiled = time.monotonic() - begun
+    profile = load_profile(PROFILE)
+    comments = [line for line in PROFILE.read_text().splitlines() if line.startswith("# overhead:")]
+    overhead = float(comments[0].split()[2])
+
+    whole = load_trace(TRACE, start=FROM, end=FROM + SECONDS).lengthened(LENGTHS)
+    pool = PoolConfig(
+        step_model(profile),
+        EngineConfig(
+            max_num_seqs=ENGINE.max_num_seqs,
+            max_num_batched_tokens=ENGINE.max_num_batched_tokens,
+            block_size=ENGINE.block_size,
+        ),
+    )
+    capacity = sustainable_rate(
+        pool,
+        Workload(
+            rate=1.0,
+            prompt_tokens=float(whole.prompt.mean()),
+            output_tokens=float(whole.output.mean()),
+            length_cv=1.0,
+        ),
+    )
+
+    points = {}
+
+    async def measure(case, at, replicas, round_):
+        for share in SHARES:
+            load = share * capacity * replicas
+            run, sent = await _replay(at, load / whole.rate, tmp_path)
+            answered = [row for row in sent if row["failure"] is None]
+            found = simulated(answered, profile, ENGINE, replicas=replicas, overhead_ms=overhead)
+            point = points.setdefault((case, share), {"case": case, "load": round(share, 3), "runs": []})
+            point["requestsPerSecond"] = round(len(sent) / SECONDS, 2)
+            point["runs"].append({"measured": run, "simulated": found})
+            figures(
+                f"{case}, {share:.0%} of capacity, run {round_ + 1}: {run['requests']} requests,"
+                f" {run['requests'] - run['answered']} failed; "
+                + "; ".join(
+                    f"{name[:-2]} p50 {run[name]['p50']}/{found[name]['p50']} p99 {run[name]['p99']}/{found[name]['p99']}"
+                    for name in ("ttftMs", "tpotMs", "e2eMs")
+                )
+                + f" (measured/simulated); {run['tokensPerSecond']:.0f}/{found['tokensPerSecond']:.0f} tokens/s"
+            )
+
+    for round_ in range(REPEATS):
+        await measure("one engine", url, 1, round_)
+    kube.delete("servingtier", "one")
+    wait_for("the engine gone", 120, lambda: not kube.listed("pods", "servingtiers.io/tier=one"))
+    kube.apply(_tier("two", 2))
+    kube.wait_ready("two", seconds=300)
+    wait_for("two engines", 300, lambda: sum(pod_ready(each) for each in kube.engines("two")) == 2)
+    await asyncio.sleep(5)
+    for round_ in range(REPEATS):
+        await measure("two engines behind the router", kube.service_url("two"), 2, round_)
+
+    results = {
+        "measured": time.strftime("%Y-%m-%d"),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load": [round(each, 1) for each in os.getloadavg()],
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "trace": {"name": TRACE, "from": FROM, "seconds": SECONDS, "lengthScale": LENGTHS},
+        "lengths": {
+            "prompt": round(float(whole.prompt.mean()), 1),
+            "output": round(float(whole.output.mean()), 1),
+        },
+        "engine": {
+            **{name: getattr(ENGINE, name) for name in Engine.__slots__},
+            "profile": profile.describe(),
+        },
+        "profileSeconds": round(profiled),
+        "profileLeftOut": [line for line in said.splitlines() if line.startswith("left out")],
+        "overheadMs": overhead,
+        "capacity": round(capacity, 2),
+        "points": list(points.values()),
+    }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    write(RESULTS)
+    made = verdicts(rows(results["points"]))
+    for verdict in made:
+        figures(
+            f"{verdict.case}: {verdict.metric[:-2]} {verdict.percentile}: median error {verdict.error:.1%} over"
+            f" {verdict.points} load points (spread {verdict.spread:.1%}): {'kept' if verdict.kept else 'MISSED'}"
+        )
+    assert len(made) == 12
+    assert min(verdict.points for verdict in made) >= 8
+    missed = [
+        f"{each.case} {each.metric} {each.percentile} {each.error:.1%}" for each in made if not each.kept
+    ]
+    assert not missed
