@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from harness import prometheus as monitoring
+from harness.existing import ExistingCluster
 from harness.kind import KindCluster
 from harness.kube import Kube, wait_for
 from harness.product import Product
@@ -17,6 +19,7 @@ from onenode import programs
 from onenode.cluster import Cluster
 from onenode.images import Images
 from onenode.places import Places
+from servingtiers.lab.binaries import locate
 
 _FIGURES: list[str] = []
 _FAILED = pytest.StashKey[bool]()
@@ -24,17 +27,62 @@ _FAILED = pytest.StashKey[bool]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the choices of a cluster."""
-    parser.addoption("--cluster", choices=("onenode", "kind"), default="onenode", help="what to run on")
+    parser.addoption(
+        "--cluster", choices=("onenode", "kind", "kubeconfig"), default="onenode", help="what to run on"
+    )
+    parser.addoption(
+        "--image",
+        action="append",
+        default=[],
+        metavar="PART=NAME",
+        help="with --cluster=kubeconfig: image of operator, engine, router or prometheus that its nodes can pull",
+    )
+    parser.addoption(
+        "--models", metavar="CLAIM", help="with --cluster=kubeconfig: a claim with the model in `tiny`"
+    )
+    parser.addoption(
+        "--runtime-class",
+        help="with --cluster=kubeconfig: a RuntimeClass that engines name, where one is needed",
+    )
     parser.addoption("--gpus", type=int, default=6, help="accelerators that the node advertises")
     parser.addoption("--any-build", action="store_true", help="take cached images although sources changed")
 
 
+_PARTS = ("operator", "engine", "router", "prometheus")
+_AnyCluster = Cluster | KindCluster | ExistingCluster
+
+
 @pytest.fixture(scope="session")
-def cluster(request: pytest.FixtureRequest) -> Cluster | KindCluster:
+def images_of(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Return the names of the images in the cluster."""
+    names = {
+        "operator": built.OPERATOR,
+        "engine": built.ENGINE,
+        "router": built.ROUTER,
+        "prometheus": built.PROMETHEUS,
+    }
+    given = dict(each.partition("=")[::2] for each in request.config.getoption("--image"))
+    if unknown := given.keys() - names.keys():
+        raise pytest.UsageError(f"--image {', '.join(unknown)}: the parts are {', '.join(_PARTS)}")
+    if request.config.getoption("--cluster") == "kubeconfig" and not names.keys() <= given.keys():
+        lacking = ", ".join(f"--image={part}=…" for part in _PARTS if part not in given)
+        raise pytest.UsageError(f"an existing cluster pulls its images: give {lacking}")
+    return names | given
+
+
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest) -> Iterator[_AnyCluster]:
     """Bring the cluster up, or find it up, and move this process into its network."""
     places = Places.default()
-    found: Cluster | KindCluster
-    if request.config.getoption("--cluster") == "kind":
+    found: _AnyCluster
+    if request.config.getoption("--cluster") == "kubeconfig":
+        kubeconfig = os.environ.get("KUBECONFIG")
+        kubectl = shutil.which("kubectl") or locate(progress=programs.say).kubectl
+        if not kubeconfig or kubectl is None:
+            raise pytest.UsageError("--cluster=kubeconfig needs KUBECONFIG and kubectl")
+        found = ExistingCluster(places, Path(kubeconfig), Path(kubectl))
+        found.up()
+    elif request.config.getoption("--cluster") == "kind":
         programs.engine(places)
         built.model(places)
         found = KindCluster(places)
@@ -50,30 +98,50 @@ def cluster(request: pytest.FixtureRequest) -> Cluster | KindCluster:
                 programs.say(f"image {image.name}: {image.size_mib:.0f} MiB, built in {image.seconds:.0f} s")
         built.model(places)
     found.enter()
-    return found
+    yield found
+    if isinstance(found, ExistingCluster):
+        found.down()
 
 
 @pytest.fixture(scope="session")
-def kube(cluster: Cluster | KindCluster) -> Kube:
+def kube(cluster: _AnyCluster) -> Kube:
     """Return the cluster as its administrator sees it."""
     if isinstance(cluster, KindCluster):
         return Kube(cluster.kubeconfig, cluster.kubectl_path)
+    if isinstance(cluster, ExistingCluster):
+        return Kube(cluster.kubeconfig, cluster.kubectl_path, proxy=cluster.proxy)
     kubectl = programs.prepare(cluster.places).control_plane.kubectl
     return Kube(cluster.places.kubeconfig, kubectl or Path("kubectl"))
 
 
 @pytest.fixture(scope="session")
-def product(cluster: Cluster | KindCluster, kube: Kube, tmp_path_factory: pytest.TempPathFactory) -> Product:
+def product(
+    request: pytest.FixtureRequest,
+    cluster: _AnyCluster,
+    kube: Kube,
+    images_of: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Product:
     """Install the product by Helm into a restricted namespace."""
-    names = {"operator": built.OPERATOR, "engine": built.ENGINE, "router": built.ROUTER}
-    product = Product(kube, programs.helm(), names, tmp_path_factory.mktemp("product"))
-    product.prepare_namespace(cluster.places.model)
+    theirs = isinstance(cluster, ExistingCluster)
+    product = Product(
+        kube,
+        programs.helm(),
+        images_of,
+        tmp_path_factory.mktemp("product"),
+        runtime_class=request.config.getoption("--runtime-class") if theirs else "vllm-cpu",
+    )
+    product.prepare_namespace()
+    if theirs:
+        product.make_model(request.config.getoption("--models"))
+    else:
+        product.mount_model(cluster.places.model)
     product.install()
     return product
 
 
 @pytest.fixture(autouse=True)
-def room(request: pytest.FixtureRequest, cluster: Cluster | KindCluster, kube: Kube) -> Iterator[None]:
+def room(request: pytest.FixtureRequest, cluster: _AnyCluster, kube: Kube) -> Iterator[None]:
     """Begin with no tier and all accelerators; afterwards remove the tiers and wait until their pods are gone."""
     cluster.set_accelerators(request.config.getoption("--gpus"))
     yield
@@ -91,7 +159,7 @@ def room(request: pytest.FixtureRequest, cluster: Cluster | KindCluster, kube: K
 
 
 @pytest.fixture(scope="session")
-def dying_engine(cluster: Cluster | KindCluster) -> str:
+def dying_engine(cluster: _AnyCluster) -> str:
     """Return the image of an engine that dies on its first request."""
     if not isinstance(cluster, Cluster):
         pytest.skip("that image needs an environment that the node mounts")
@@ -100,11 +168,11 @@ def dying_engine(cluster: Cluster | KindCluster) -> str:
 
 
 @pytest.fixture(scope="session")
-def prometheus(cluster: Cluster | KindCluster, kube: Kube) -> monitoring.Prometheus:
+def prometheus(cluster: _AnyCluster, kube: Kube, images_of: dict[str, str]) -> monitoring.Prometheus:
     """Install Prometheus."""
     if isinstance(cluster, Cluster):
         Images(cluster.places).prometheus()
-    return monitoring.install(kube, built.PROMETHEUS)
+    return monitoring.install(kube, images_of["prometheus"])
 
 
 @pytest.hookimpl(wrapper=True)

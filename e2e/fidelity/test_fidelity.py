@@ -105,7 +105,7 @@ async def test_the_simulator_says_what_a_real_engine_does(product, kube, figures
     kube.apply(_tier("one", 1))
     kube.wait_ready("one", seconds=300)
     (pod,) = kube.engines("one")
-    url = f"http://{pod['status']['podIP']}:8000"
+    url = kube.pod_url(pod)
     begun = time.monotonic()
     _, said = await _servingtiers(
         *("profile", "--url", url, "--model", "tiny", "--vocabulary", str(VOCABULARY), "-o", str(PROFILE)),

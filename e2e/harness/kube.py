@@ -60,6 +60,8 @@ class Kube:
     kubeconfig: Path
     kubectl: Path
     namespace: str = "llm"
+    proxy: str = ""
+    """Base URL of a proxy to the API server; empty where pods and Services are reached by their addresses."""
 
     def run(
         self, *arguments: str, stdin: str | None = None, namespace: str | None = None, check: bool = True
@@ -114,8 +116,19 @@ class Kube:
 
     def service_url(self, name: str, port: int = 80, namespace: str | None = None) -> str:
         """Return the base URL of a Service."""
+        if self.proxy:
+            return (
+                f"{self.proxy}/api/v1/namespaces/{namespace or self.namespace}/services/{name}:{port}/proxy"
+            )
         spec = self.get("service", name, namespace)["spec"]
         return f"http://{spec['clusterIP']}:{port}"
+
+    def pod_url(self, pod: Mapping[str, Any], port: int = 8000) -> str:
+        """Return the base URL of a pod."""
+        if self.proxy:
+            meta = pod["metadata"]
+            return f"{self.proxy}/api/v1/namespaces/{meta['namespace']}/pods/{meta['name']}:{port}/proxy"
+        return f"http://{pod['status']['podIP']}:{port}"
 
     def pods(self, selector: str, namespace: str | None = None) -> list[dict[str, Any]]:
         """Return the pods that are not on their way out."""

@@ -21,7 +21,9 @@ CHART = ROOT / "charts" / "servingtiers"
 RELEASE = "servingtiers"
 
 
-def _values(images: Mapping[str, str], telemetry: Mapping[str, Any]) -> dict[str, Any]:
+def _values(
+    images: Mapping[str, str], telemetry: Mapping[str, Any], runtime_class: str | None
+) -> dict[str, Any]:
     repository, _, tag = images["operator"].rpartition(":")
     bound = yaml.safe_load((CHART / "values.yaml").read_text())["config"]["accelerators"]
     return {
@@ -30,7 +32,11 @@ def _values(images: Mapping[str, str], telemetry: Mapping[str, Any]) -> dict[str
         "config": {
             "accelerators": {
                 **dict.fromkeys(bound),
-                ACCELERATOR: {"nodeSelector": None, "runtimeClassName": "vllm-cpu", "pricePerHour": "0.10"},
+                ACCELERATOR: {
+                    "nodeSelector": None,
+                    "runtimeClassName": runtime_class,
+                    "pricePerHour": "0.10",
+                },
             },
             "images": {"engine": images["engine"], "router": images["router"]},
             "telemetry": dict(telemetry),
@@ -49,9 +55,11 @@ class Product:
     images: Mapping[str, str]
     """Names of the operator's, engine's and router's images in the cluster."""
     scratch: Path
+    runtime_class: str | None = "vllm-cpu"
+    """What mounts the engine's environment; None where the image holds it."""
 
-    def prepare_namespace(self, models: Path) -> None:
-        """Make the namespace, restricted, and the claim that holds the model."""
+    def prepare_namespace(self) -> None:
+        """Make the namespace, restricted."""
         namespace = self.kube.namespace
         self.kube.apply(
             {
@@ -61,7 +69,13 @@ class Product:
                     "name": namespace,
                     "labels": {"pod-security.kubernetes.io/enforce": "restricted"},
                 },
-            },
+            }
+        )
+
+    def mount_model(self, models: Path) -> None:
+        """Make the claim that holds the model, from a folder of the node."""
+        namespace = self.kube.namespace
+        self.kube.apply(
             {
                 "apiVersion": "v1",
                 "kind": "PersistentVolume",
@@ -87,6 +101,77 @@ class Product:
                 },
             },
         )
+
+    def make_model(self, claim: str | None) -> None:
+        """Fill a claim with the tiny model, by a Job that runs the engine's own Python; or take one that is filled.
+
+        Args:
+            claim: A claim in the namespace that has the model in ``tiny``; None: make one of the default class.
+        """
+        if claim is not None:
+            if claim != "models":
+                raise KubeError(f"the scenarios mount a claim named models, not {claim}: name it so")
+            return
+        script = (ROOT / "e2e" / "tools" / "make_tiny_model.py").read_text()
+        container = {
+            "name": "make",
+            "image": self.images["engine"],
+            "command": ["python3", "/script/make.py", "/models/tiny"],
+            "env": [
+                {"name": "PYTHONPATH", "value": "/opt/vllm/lib/python3.11/site-packages"},
+                {"name": "HF_HUB_OFFLINE", "value": "1"},
+                {"name": "HOME", "value": "/tmp"},  # noqa: S108 - a volume of the pod alone
+            ],
+            "securityContext": {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+                "runAsNonRoot": True,
+            },
+            "volumeMounts": [
+                {"name": "models", "mountPath": "/models"},
+                {"name": "script", "mountPath": "/script"},
+                {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - a volume of the pod alone
+            ],
+        }
+        security = {"runAsUser": 2000, "fsGroup": 2000, "seccompProfile": {"type": "RuntimeDefault"}}
+        self.kube.apply(
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolumeClaim",
+                "metadata": {"name": "models"},
+                "spec": {
+                    "accessModes": ["ReadWriteOnce"],
+                    "resources": {"requests": {"storage": "1Gi"}},
+                },
+            },
+            {
+                "apiVersion": "v1",
+                "kind": "ConfigMap",
+                "metadata": {"name": "make-tiny-model"},
+                "data": {"make.py": script},
+            },
+            {
+                "apiVersion": "batch/v1",
+                "kind": "Job",
+                "metadata": {"name": "make-tiny-model"},
+                "spec": {
+                    "backoffLimit": 2,
+                    "template": {
+                        "spec": {
+                            "restartPolicy": "Never",
+                            "securityContext": security,
+                            "containers": [container],
+                            "volumes": [
+                                {"name": "models", "persistentVolumeClaim": {"claimName": "models"}},
+                                {"name": "script", "configMap": {"name": "make-tiny-model"}},
+                                {"name": "tmp", "emptyDir": {}},
+                            ],
+                        }
+                    },
+                },
+            },
+        )
+        self.kube.run("wait", "--for=condition=complete", "job/make-tiny-model", "--timeout=10m")
 
     def run_helm(self, *arguments: str) -> str:
         """Run Helm.
@@ -115,7 +200,7 @@ class Product:
         """Install or upgrade the release and wait until the operator runs."""
         values = self.scratch / "values.yaml"
         wanted = telemetry or {"source": "Scrape", "interval": "5s", "window": "30s"}
-        values.write_text(yaml.safe_dump(_values(self.images, wanted)))
+        values.write_text(yaml.safe_dump(_values(self.images, wanted, self.runtime_class)))
         self.run_helm(
             "upgrade", "--install", RELEASE, str(CHART), "--values", str(values), "--wait", "--timeout=3m"
         )

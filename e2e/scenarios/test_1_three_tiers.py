@@ -49,7 +49,7 @@ async def test_three_tiers_answer_completions_chat_and_streams_through_their_rou
             for part in arguments
             if part.startswith(("--max-num-seqs", "--performance-mode"))
         }
-        served = scrape(f"http://{engine['status']['podIP']}:8000/metrics")
+        served = scrape(f"{kube.pod_url(engine)}/metrics")
         # The first completion, eight streams and one plain request, and none that belonged to another tier.
         assert total(served, "vllm:request_success_total") == 10
     assert [flags[name]["--performance-mode"] for name in TIERS] == [

@@ -17,7 +17,7 @@ SOURCE = "vllm:prompt_tokens_by_source_total"
 
 
 def _pages(kube, tier, pool):
-    return [scrape(f"http://{pod['status']['podIP']}:8000/metrics") for pod in kube.engines(tier, pool)]
+    return [scrape(f"{kube.pod_url(pod)}/metrics") for pod in kube.engines(tier, pool)]
 
 
 def _tokens(pages, source):
@@ -71,7 +71,7 @@ async def test_decode_gets_its_prompts_from_prefill_and_the_pools_scale_apart(pr
     assert min(shares) >= 3
 
     (router,) = kube.routers("split")
-    page = scrape(f"http://{router['status']['podIP']}:29000/metrics")
+    page = scrape(f"{kube.pod_url(router, 29000)}/metrics")
     assert total(page, ROUTER_METRICS.pd_completed) >= len(answers) + len(more)
 
     figures(

@@ -118,7 +118,7 @@ async def test_urgent_requests_go_first_and_what_is_too_much_is_turned_away(prod
         for response in flood:
             response.release()
     (pod,) = kube.engines("ranked")
-    page = scrape(f"http://{pod['status']['podIP']}:8000/metrics")
+    page = scrape(f"{kube.pod_url(pod)}/metrics")
     rejected = total(page, "vllm:admission_rejections_total")
     figures(
         f"served by rank {[rank for rank, _ in order]}; of 40 at once {statuses.count(200)} answered,"

@@ -15,8 +15,8 @@ from harness.traffic import Traffic, ask, prompt
 ROUTE = "route.servingtiers.io/tier"
 
 
-def _served(pod):
-    return total(scrape(f"http://{pod['status']['podIP']}:8000/metrics"), "vllm:request_success_total")
+def _served(kube, pod):
+    return total(scrape(f"{kube.pod_url(pod)}/metrics"), "vllm:request_success_total")
 
 
 async def test_two_equal_engines_get_equal_shares(product, kube, figures):
@@ -27,7 +27,7 @@ async def test_two_equal_engines_get_equal_shares(product, kube, figures):
     traffic = Traffic(kube.service_url("chat"), rate=10, prompt_tokens=32, output_tokens=64, seed=71)
     async with traffic.running():
         await asyncio.sleep(30)
-    served = [_served(pod) for pod in kube.engines("chat")]
+    served = [_served(kube, pod) for pod in kube.engines("chat")]
     shares = [each / sum(served) for each in served]
     figures(f"shares {shares[0]:.0%} and {shares[1]:.0%} of {sum(served):.0f}; {traffic.summary()}")
     assert traffic.failed == []
@@ -47,7 +47,7 @@ async def test_a_routing_label_lends_an_engine_in_seconds_and_its_successor_is_a
     async def until_served(more_than):
         begun = time.monotonic()
         async with aiohttp.ClientSession() as session:
-            while _served(lent) <= more_than:
+            while _served(kube, lent) <= more_than:
                 assert time.monotonic() - begun < 60, "the borrower's router never used it"
                 answers = await asyncio.gather(
                     *(ask(session, url, tokens=16, text=prompt(16, rng)) for _ in range(8))
@@ -55,7 +55,7 @@ async def test_a_routing_label_lends_an_engine_in_seconds_and_its_successor_is_a
                 assert all(answer.ok for answer in answers)
         return time.monotonic() - begun
 
-    before = _served(lent)
+    before = _served(kube, lent)
     kube.run("label", "pod", name, f"{ROUTE}=chat", "--overwrite")
     taken = await until_served(before)
 
@@ -63,11 +63,11 @@ async def test_a_routing_label_lends_an_engine_in_seconds_and_its_successor_is_a
     assert [pod["metadata"]["name"] for pod in kube.engines("batch")] == [name]
     kube.run("label", "pod", name, f"{ROUTE}=batch", "--overwrite")
     await asyncio.sleep(10)
-    away = _served(lent)
+    away = _served(kube, lent)
     async with aiohttp.ClientSession() as session:
         answers = [await ask(session, url, tokens=4, text=prompt(16, rng)) for _ in range(20)]
         assert all(answer.ok for answer in answers)
-        assert _served(lent) == away
+        assert _served(kube, lent) == away
         home = await ask(session, kube.service_url("batch"), tokens=4, text=prompt(16, rng))
     assert home.ok
 

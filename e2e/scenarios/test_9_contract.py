@@ -63,7 +63,7 @@ async def test_every_metric_that_is_read_exists_in_a_real_scrape(product, kube, 
     async with aiohttp.ClientSession() as session:
         for _ in range(12):
             assert (await ask(session, url, tokens=6, text=prompt(40, rng))).ok
-    served = [scrape(f"http://{engine['status']['podIP']}:8000/metrics") for engine in kube.engines("chat")]
+    served = [scrape(f"{kube.pod_url(engine)}/metrics") for engine in kube.engines("chat")]
     names = {key.split("{")[0] for page in served for key in page}
     missing = []
     for metric in ENGINE_METRICS:
@@ -123,4 +123,4 @@ def names_of(page):
 
 def _router_pages(kube, name):
     (router,) = kube.routers(name)
-    return scrape(f"http://{router['status']['podIP']}:29000/metrics")
+    return scrape(f"{kube.pod_url(router, 29000)}/metrics")
