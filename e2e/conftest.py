@@ -130,6 +130,7 @@ def product(
         images_of,
         tmp_path_factory.mktemp("product"),
         runtime_class=request.config.getoption("--runtime-class") if theirs else "vllm-cpu",
+        build=Images(cluster.places).build_of(built.OPERATOR) if isinstance(cluster, Cluster) else "",
     )
     product.prepare_namespace()
     if theirs:

@@ -22,13 +22,16 @@ RELEASE = "servingtiers"
 
 
 def _values(
-    images: Mapping[str, str], telemetry: Mapping[str, Any], runtime_class: str | None
+    images: Mapping[str, str], telemetry: Mapping[str, Any], runtime_class: str | None, build: str
 ) -> dict[str, Any]:
     repository, _, tag = images["operator"].rpartition(":")
     bound = yaml.safe_load((CHART / "values.yaml").read_text())["config"]["accelerators"]
     return {
         "image": {"repository": repository, "tag": tag},
-        "operator": {"extraEnv": [{"name": "USER", "value": "servingtiers"}]},
+        "operator": {
+            "extraEnv": [{"name": "USER", "value": "servingtiers"}],
+            "podAnnotations": {"build": build},
+        },
         "config": {
             "accelerators": {
                 **dict.fromkeys(bound),
@@ -57,6 +60,8 @@ class Product:
     scratch: Path
     runtime_class: str | None = "vllm-cpu"
     """What mounts the engine's environment; None where the image holds it."""
+    build: str = ""
+    """Which build of the operator's image: a new one under the old name restarts the operator."""
 
     def prepare_namespace(self) -> None:
         """Make the namespace, restricted."""
@@ -200,7 +205,7 @@ class Product:
         """Install or upgrade the release and wait until the operator runs."""
         values = self.scratch / "values.yaml"
         wanted = telemetry or {"source": "Scrape", "interval": "5s", "window": "30s"}
-        values.write_text(yaml.safe_dump(_values(self.images, wanted, self.runtime_class)))
+        values.write_text(yaml.safe_dump(_values(self.images, wanted, self.runtime_class, self.build)))
         self.run_helm(
             "upgrade", "--install", RELEASE, str(CHART), "--values", str(values), "--wait", "--timeout=3m"
         )

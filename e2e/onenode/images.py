@@ -104,6 +104,11 @@ class Images:
         self._load(name, archive, key)
         return Image(name, archive.stat().st_size / 2**20, seconds)
 
+    def build_of(self, name: str) -> str:
+        """Return what tells one build of an image from another of the same name; empty where there is none."""
+        stamp = self._archive(name).with_suffix(".key")
+        return stamp.read_text()[:16] if stamp.exists() else ""
+
     def _load(self, name: str, archive: Path, key: str) -> None:
         loaded = self._places.state / "images" / archive.with_suffix(".key").name
         if loaded.exists() and loaded.read_text() == key:

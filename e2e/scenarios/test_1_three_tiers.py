@@ -61,6 +61,9 @@ async def test_three_tiers_answer_completions_chat_and_streams_through_their_rou
     assert batches == sorted(batches)
     assert len(set(batches)) == 3
 
+    # The chart's own test: a pod that asks the operator for its metrics.
+    assert "Succeeded" in product.run_helm("test", "servingtiers")
+
     # The operator itself, with three idle tiers. The kubelet measures every 10 s or so.
     (operator,) = product.operators()
     await asyncio.sleep(20)
