@@ -21,7 +21,7 @@ async def test_a_rollout_without_a_free_accelerator_breaks_no_stream(product, ku
     strategy = kube.get("deployment", "chat-pool")["spec"]["strategy"]["rollingUpdate"]
     assert strategy["maxSurge"] == 0  # a surge would wait for an accelerator for ever
 
-    traffic = Traffic(kube.service_url("chat"), rate=0.7, prompt_tokens=32, output_tokens=900, seed=4)
+    traffic = Traffic(kube.service_url("chat"), rate=2, prompt_tokens=32, output_tokens=900, seed=4)
     most = 0
 
     def rolled():
