@@ -135,7 +135,8 @@ async def test_the_simulator_says_what_a_real_engine_does(product, kube, figures
             rate=1.0,
             prompt_tokens=float(whole.prompt.mean()),
             output_tokens=float(whole.output.mean()),
-            length_cv=1.0,
+            prompt_cv=float(whole.prompt.std() / whole.prompt.mean()),
+            output_cv=float(whole.output.std() / whole.output.mean()),
         ),
     )
 
