@@ -141,15 +141,7 @@ def product(
     return product
 
 
-@pytest.fixture(autouse=True)
-def room(request: pytest.FixtureRequest, cluster: _AnyCluster, kube: Kube) -> Iterator[None]:
-    """Begin with no tier and all accelerators; afterwards remove the tiers and wait until their pods are gone."""
-    cluster.set_accelerators(request.config.getoption("--gpus"))
-    yield
-    if request.node.stash.get(_FAILED, False):
-        _tell(kube, cluster.places.cache / "failures" / f"{request.node.name}.txt")
-    if os.environ.get("KEEP"):
-        return
+def _remove_tiers(kube: Kube) -> None:
     kube.run("delete", "servingtiers", "--all", "--ignore-not-found", check=False)
     wait_for("tiers' Deployments gone", 60, lambda: not kube.listed("deployments", "servingtiers.io/tier"))
     # Engines drain for as long as they may; nobody asks anything of them any more.
@@ -157,6 +149,19 @@ def room(request: pytest.FixtureRequest, cluster: _AnyCluster, kube: Kube) -> It
         "delete", "pods", "--selector=servingtiers.io/tier", "--grace-period=1", "--wait=false", check=False
     )
     wait_for("tiers' pods gone", 90, lambda: not kube.listed("pods", "servingtiers.io/tier"))
+
+
+@pytest.fixture(autouse=True)
+def room(request: pytest.FixtureRequest, cluster: _AnyCluster, kube: Kube) -> Iterator[None]:
+    """Begin with no tier and all accelerators; afterwards remove the tiers and wait until their pods are gone."""
+    if kube.listed("deployments", "servingtiers.io/tier"):  # of a run that was broken off
+        _remove_tiers(kube)
+    cluster.set_accelerators(request.config.getoption("--gpus"))
+    yield
+    if request.node.stash.get(_FAILED, False):
+        _tell(kube, cluster.places.cache / "failures" / f"{request.node.name}.txt")
+    if not os.environ.get("KEEP"):
+        _remove_tiers(kube)
 
 
 @pytest.fixture(scope="session")
