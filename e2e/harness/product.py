@@ -14,39 +14,11 @@ import yaml
 from harness.kube import Kube, KubeError, pod_ready, wait_for
 from harness.tiers import ACCELERATOR
 
-__all__ = ["Product"]
+__all__ = ["Product", "values_of"]
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "servingtiers"
 RELEASE = "servingtiers"
-
-
-def _values(
-    images: Mapping[str, str], telemetry: Mapping[str, Any], runtime_class: str | None, build: str
-) -> dict[str, Any]:
-    repository, _, tag = images["operator"].rpartition(":")
-    bound = yaml.safe_load((CHART / "values.yaml").read_text())["config"]["accelerators"]
-    return {
-        "image": {"repository": repository, "tag": tag},
-        "operator": {
-            "extraEnv": [{"name": "USER", "value": "servingtiers"}],
-            "podAnnotations": {"build": build},
-        },
-        "config": {
-            "accelerators": {
-                **dict.fromkeys(bound),
-                ACCELERATOR: {
-                    "nodeSelector": None,
-                    "runtimeClassName": runtime_class,
-                    "pricePerHour": "0.10",
-                },
-            },
-            "images": {"engine": images["engine"], "router": images["router"]},
-            "telemetry": dict(telemetry),
-            # Two cores carry the whole cluster.
-            "routerResources": {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "512Mi"}},
-        },
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +176,7 @@ class Product:
     def install(self, telemetry: Mapping[str, Any] | None = None) -> None:
         """Install or upgrade the release and wait until the operator runs."""
         values = self.scratch / "values.yaml"
-        wanted = telemetry or {"source": "Scrape", "interval": "5s", "window": "30s"}
-        values.write_text(yaml.safe_dump(_values(self.images, wanted, self.runtime_class, self.build)))
+        values.write_text(yaml.safe_dump(values_of(self, telemetry)))
         self.run_helm(
             "upgrade", "--install", RELEASE, str(CHART), "--values", str(values), "--wait", "--timeout=3m"
         )
@@ -219,3 +190,24 @@ class Product:
         """Return the operator's last lines."""
         names = [pod["metadata"]["name"] for pod in self.operators()]
         return self.kube.run("logs", names[0], f"--tail={lines}", check=False) if names else "no operator pod"
+
+
+def values_of(product: Product, telemetry: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the chart's values."""
+    repository, _, tag = product.images["operator"].rpartition(":")
+    bound = yaml.safe_load((CHART / "values.yaml").read_text())["config"]["accelerators"]
+    ours = {"nodeSelector": None, "runtimeClassName": product.runtime_class, "pricePerHour": "0.10"}
+    return {
+        "image": {"repository": repository, "tag": tag},
+        "operator": {
+            "extraEnv": [{"name": "USER", "value": "servingtiers"}],
+            "podAnnotations": {"build": product.build},
+        },
+        "config": {
+            "accelerators": {**dict.fromkeys(bound), ACCELERATOR: ours},
+            "images": {"engine": product.images["engine"], "router": product.images["router"]},
+            "telemetry": dict(telemetry or {"source": "Scrape", "interval": "5s", "window": "30s"}),
+            # Two cores carry the whole cluster.
+            "routerResources": {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "512Mi"}},
+        },
+    }
