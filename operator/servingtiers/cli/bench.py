@@ -55,10 +55,10 @@ _BUSY = 0.8
 @click.option("--warm-up", type=MOMENT, default=0.0, help="Time at the start that is sent and not scored.")
 @click.option(
     "--tier",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE.yaml",
-    help="A ServingTier: attainment is held against its objectives.",
+    help="A ServingTier, or the name of one in the cluster: attainment is held against its objectives.",
 )
+@click.option("-n", "--namespace", help="Namespace of a --tier that is given by name.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of thinning, jitter and prompts.")
 @click.option("--chat", is_flag=True, help="Send chats instead of completions; prompts are then words.")
 @click.option(
@@ -109,7 +109,7 @@ _BUSY = 0.8
 )
 @click.option("--quiet", is_flag=True, help="No progress lines.")
 def command(
-    url: str, trace: str, tier: Path | None, record: Path | None, output: str, *, quiet: bool, **flags: Any
+    url: str, trace: str, tier: str | None, record: Path | None, output: str, *, quiet: bool, **flags: Any
 ) -> None:
     r"""Replay traffic against a live OpenAI-compatible endpoint, and say what its clients saw.
 
@@ -146,7 +146,7 @@ def command(
         sys.exit(130)
 
 
-def _input(trace: str, tier: Path | None, flags: dict[str, Any]) -> tuple[Trace, dict[str, float]]:
+def _input(trace: str, tier: str | None, flags: dict[str, Any]) -> tuple[Trace, dict[str, float]]:
     """Return the trace and the objectives it is held against, seconds."""
     from servingtiers.policy.presets import targets
     from servingtiers.simulate.scenario import slo_of
@@ -179,8 +179,13 @@ def _input(trace: str, tier: Path | None, flags: dict[str, Any]) -> tuple[Trace,
         )
     limits: dict[str, float] = {}
     if tier is not None:
-        with input_errors(str(tier)):
-            limits = slo_of(targets(parse_tier(next(tier_documents(tier))).spec))
+        where, document = next(
+            each
+            for each in tier_documents(tier, flags["namespace"])
+            if each[1].get("kind", "ServingTier") == "ServingTier"
+        )
+        with input_errors(where):
+            limits = slo_of(targets(parse_tier(document).spec))
     return loaded, limits
 
 
