@@ -9,7 +9,7 @@ from math import isfinite
 from statistics import median
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from servingtiers.catalog.accelerators import accelerator
@@ -150,6 +150,18 @@ def test_a_batch_limit_makes_requests_wait():
     assert limited.tpot.mean <= free.tpot.mean * 1.001
 
 
+def test_a_lone_slot_decodes_undisturbed():
+    # Whatever the load: the next request is admitted when this one has gone.
+    steps, limits = H100, EngineLimits(max_num_seqs=1)
+    traffic = Traffic(rate=1.0, prompt_tokens=2000, output_tokens=40)
+    capacity = 1.0 / predict(steps, traffic, limits).utilisation
+    alone = steps.step_ms(0, 0, 1, 2020)
+    for load in (0.1, 0.5, 0.9):
+        assert predict(steps, replace(traffic, rate=capacity * load), limits).tpot.mean == pytest.approx(
+            alone, rel=0.005
+        )
+
+
 traffics = st.builds(
     Traffic,
     rate=st.just(1.0),
@@ -190,6 +202,27 @@ def test_every_answer_is_finite_positive_and_its_percentiles_ascend(steps, traff
     limits=limit_settings,
     load=st.floats(0.05, 0.8),
     more=st.floats(1.1, 1.5),
+)
+@example(  # what a prompt costs on average was once added to what one costs beside every batch
+    steps=ENGINES["8B on H100"],
+    traffic=Traffic(1.0, 87, 19, 0.5, 1.0, 0.9),
+    limits=EngineLimits(256, 16384),
+    load=0.332,
+    more=1.165,
+)
+@example(  # with one slot nobody interrupts a decode, at any load
+    steps=ENGINES["8B on H100"],
+    traffic=Traffic(1.0, 2351, 20, 0.0, 0.5),
+    limits=EngineLimits(1, 2048),
+    load=0.594,
+    more=1.497,
+)
+@example(  # what a further prompt adds was read off a steep place of the token curve
+    steps=ENGINES["8B on H100"],
+    traffic=Traffic(1.0, 68, 23, 0.5, 0.5, 0.9),
+    limits=EngineLimits(256, 8192, async_scheduling=False),
+    load=0.3388,
+    more=1.128,
 )
 @settings(max_examples=200, deadline=None)
 def test_more_rate_never_lowers_latency(steps, traffic, limits, load, more):

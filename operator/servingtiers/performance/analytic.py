@@ -256,8 +256,10 @@ def _steps(engine: _Engine, rate: float, batch: float, decode_steps: float) -> _
     decode, bare = engine.decode_ms(batch)
     prompt, pairs = engine.prompt, engine.pairs
     first, chunks = engine.burst(prompt, pairs, batch, decode, bare)
-    second, _ = engine.burst(2.0 * prompt, 2.0 * pairs, batch, decode, bare)
-    lone, added = first - chunks * decode, second - first
+    # What a further prompt adds: over as many as arrive in a step, because the token curve has steep places.
+    others = max(rate * decode, 1.0)
+    crowd, _ = engine.burst((1.0 + others) * prompt, (1.0 + others) * pairs, batch, decode, bare)
+    lone, added = first - chunks * decode, (crowd - first) / others
     busy = min(rate * added, 0.95)
     load = rate * (decode + rate * decode * lone / (1.0 - busy)) if decode else rate * first / (1.0 - busy)
     most = min(int(load / (1.0 - busy) + 3.0 * sqrt(load) / (1.0 - busy) + 1.5), 12)
@@ -410,22 +412,29 @@ def _batch(
         surplus: Time to add to each decode step, ms.
     """
     steps, prompt, pairs = engine.steps, engine.prompt, engine.pairs
-    # Sharing a step saves a share of what prompts cost; where a lone one costs next to nothing it adds.
-    ratio_shared = 1.0
+    # Sharing a step saves a share of what prompts cost. It adds where a lone one hides in the slack between a mixed
+    # and a decode step; how much slack there is depends on the batch, so what a prompt costs on average is then a
+    # floor of what it costs beside each batch, not a term on top of it.
+    ratio_shared, floor = 1.0, 0.0
     if shared < 0.0:
-        ratio_shared, shared = (1.0 + shared / lone if lone > -shared else 0.0), 0.0
+        ratio_shared = 1.0 + shared / lone if lone > -shared else 0.0
+    else:
+        floor = lone + shared
     least = rate * (steps * engine.decode[0])
     start = bisect_right(_LATTICE, min(least, slots) - 4.5 * sqrt(least + 1.0)) - 1
     start = min(max(start, 0), bisect_left(_LATTICE, slots) - 1)
     before = _LATTICE[start]
-    # A slot does not wait for its own prompt: beside a full batch the prompts of the others interrupt it.
-    own = rate * load / (slots * slots)
+    # A slot does not wait for its own prompt: beside a full batch, where a prompt enters only as another leaves, those
+    # of the others interrupt it.
+    own = 1.0 / (slots * slots)
     width_left, level, top, slope = 1.0, 0.0, 0.0, 0.0
     if before > 0.0:
         decode, bare = engine.decode_ms(before)
         length, count = engine.burst(prompt, pairs, before, decode, bare)
-        share = (rate - own * before) * ((length - count * decode) * ratio_shared + shared)
-        busy = steps * (decode / (1.0 - share if share < 0.98 else 0.02) + surplus)
+        each = (length - count * decode) * ratio_shared
+        others = 1.0 - own * before
+        share = rate * others * (each if each > floor else floor)  # noqa: FURB136  as above
+        busy = steps * (decode / (1.0 - share if share < 0.98 else 0.02) + surplus * others)
         slope = log(rate * (busy + length) / before)
     total = first = second = 0.0
     mass = 1.0
@@ -445,8 +454,10 @@ def _batch(
         second += weight * before * before
         decode, bare = engine.decode_ms(size)
         length, count = engine.burst(prompt, pairs, size, decode, bare)
-        share = (rate - own * size) * ((length - count * decode) * ratio_shared + shared)
-        busy = steps * (decode / (1.0 - share if share < 0.98 else 0.02) + surplus)
+        each = (length - count * decode) * ratio_shared
+        others = 1.0 - own * size
+        share = rate * others * (each if each > floor else floor)  # noqa: FURB136  as above
+        busy = steps * (decode / (1.0 - share if share < 0.98 else 0.02) + surplus * others)
         hold = busy + length
         decode_share = busy / hold
         next_slope = log(rate * hold / size)
@@ -483,7 +494,9 @@ def _batch(
         # Conditional wait: exact for exponential service; Cosmetatos for constant one, Page between the two.
         constant = (1.0 - ratio) * (slots - 1.0) * (sqrt(4.0 + 5.0 * slots) - 2.0) / (16.0 * ratio * slots)
         constant = 0.5 * (1.0 + constant)
-        spread = min(engine.service_cv**2, 4.0)
+        # Of the time in a slot the decode steps vary with the output's length, the prompt's own step with the prompt's.
+        spread = (engine.service_cv * decode_share) ** 2 + (engine.cv * (1.0 - decode_share)) ** 2
+        spread = min(spread, 4.0)
         scale = spread + (1.0 - spread) * constant if spread < 1.0 else (1.0 + spread) / 2.0
         wait = scale / rate * ratio / (1.0 - ratio)
     return _Batch(mean * decode_share, variance, zero / total, waiting, wait)
