@@ -38,6 +38,15 @@ def test_every_required_accelerator_is_there_under_its_key(key):
         ("h100_sxm", "h100-sxm-80gb"),
         ("L4", "l4-24gb"),
         ("NVIDIA-H200", "h200-sxm-141gb"),
+        ("H100 SXM", "h100-sxm-80gb"),
+        ("NVIDIA H100", "h100-sxm-80gb"),
+        ("NVIDIA H100 SXM5", "h100-sxm-80gb"),
+        ("H100_80GB_HBM3", "h100-sxm-80gb"),
+        ("A100-80GB", "a100-sxm-80gb"),
+        ("A100 (80GB)", "a100-sxm-80gb"),
+        ("A100 80GB SXM4", "a100-sxm-80gb"),
+        ("A100 80GB PCIe", "a100-pcie-80gb"),
+        ("NVIDIA L40S", "l40s-48gb"),
     ],
 )
 def test_usual_names_and_device_plugin_labels_are_aliases(alias, key):
@@ -51,6 +60,12 @@ def test_an_unknown_name_is_one_line_with_near_names_and_every_key():
     assert "\n" not in message
     assert "h100-sxm-80gb" in caught.value.near
     assert all(entry.key in message for entry in accelerators())
+
+
+@pytest.mark.parametrize("name", ["", "nvidia", "80gb", "sxm", "a100 24gb", "h100 h200", "NVIDIA GPU"])
+def test_words_that_fit_no_card_or_several_are_refused(name):
+    with pytest.raises(UnknownNameError):
+        accelerator(name)
 
 
 def test_keys_and_aliases_are_unique():

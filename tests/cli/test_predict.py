@@ -127,6 +127,66 @@ def test_a_wrong_row_says_why_and_the_others_are_answered(tmp_path) -> None:
     assert "row 2" in result.stderr
 
 
+def test_batch_reads_what_spreadsheets_write(tmp_path) -> None:
+    """Semicolons, a byte-order mark, capitals and hyphens in names, whole numbers with a point, every flag a column."""
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        "\ufeffModel;Accelerator;Tensor-Parallel;Rate;Concurrency;Prefix_Hit_Rate;Max Num Seqs;Arrivals;Requests;Seed;Steady\n"
+        "meta-llama/Llama-3.1-8B-Instruct;NVIDIA H100 80GB HBM3;1.0;5;;0.25;256.0;gamma:2;2000;3;\n"
+        "Meta-Llama-3.1-8B-Instruct;H100 SXM;;;8;;;;2000;;true\n",
+        encoding="utf-8",
+    )
+
+    result = CliRunner().invoke(main, ["predict", "--batch", str(path)])
+
+    assert result.exit_code == 0, result.output
+    first, second = (json.loads(line) for line in result.stdout.splitlines())
+    flags = ["--requests", "2000", "--model", "meta-llama/Llama-3.1-8B", "--accelerator", "h100"]
+    flags = ["predict", "-o", "json", *flags]
+    one = ["--rate", "5", "--prefix-hit-rate", "0.25", "--max-num-seqs", "256", "--arrivals", "gamma:2"]
+    for answer, more in ((first, [*one, "--seed", "3"]), (second, ["--concurrency", "8", "--steady"])):
+        single = CliRunner().invoke(main, [*flags, *more])
+        assert json.loads(single.stdout) == answer
+
+
+def test_a_row_s_kind_of_load_replaces_the_command_s(tmp_path) -> None:
+    """With --concurrency for all rows, one may still be open loop."""
+    path = tmp_path / "rows.csv"
+    path.write_text("rate,prompt_tokens\n5,512\n,512\n", encoding="utf-8")
+
+    result = CliRunner().invoke(main, [*BASE, "--batch", str(path), "--concurrency", "16", *QUICK])
+
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert lines[0]["requestsPerSecond"] == pytest.approx(5.0, rel=0.1)
+    assert lines[1]["requestsPerSecond"] > 10.0
+
+
+@pytest.mark.parametrize(
+    ("content", "mend"),
+    [
+        (b"", "begin with a header"),
+        (b"a,b\n1,2\n", "begin with a header"),
+        (b"model,accelerator,rate\n", "give one for each prediction"),
+        (b"\xff\xfem\x00o\x00", "in UTF-8"),
+        (b"rate\n1\n\x00\n", "row 2"),
+        (b"rate,steady\n1,maybe\n", "true or false"),
+        (b"rate,tensor_parallel\n1,1.5\n", "not a whole number"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_line(content, mend, tmp_path) -> None:
+    """Whatever is given as a file, the answer is a line that names it and the mend."""
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content)
+
+    result = CliRunner().invoke(main, [*BASE, "--batch", str(path), *QUICK])
+
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert str(path) in result.stderr
+    assert mend in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "mend"),
     [

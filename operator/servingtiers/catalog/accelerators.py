@@ -7,6 +7,7 @@ entry. What of a peak a serving engine reaches is the performance model's busine
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -108,13 +109,33 @@ def _by_name() -> Mapping[str, Accelerator]:
     return index
 
 
+def _words(name: str) -> frozenset[str]:
+    """Return what tells accelerators apart in a name: its words, without the maker, the kind of memory and versions."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return frozenset(re.sub(r"^(sxm|pcie)\d$", r"\1", word) for word in words if word not in _SAY_NOTHING)
+
+
+_SAY_NOTHING = frozenset({"nvidia", "tesla", "gpu", "hbm2", "hbm2e", "hbm3", "hbm3e"})
+
+
+@cache
+def _by_words() -> Mapping[frozenset[str], Accelerator]:
+    index: dict[frozenset[str], set[Accelerator]] = {}
+    for name, entry in _by_name().items():
+        index.setdefault(_words(name), set()).add(entry)
+    return {words: next(iter(entries)) for words, entries in index.items() if len(entries) == 1}
+
+
 def accelerator(name: str) -> Accelerator:
     """Return the accelerator with this key or alias, in any letter case.
+
+    The words of a name may come in any order and with the maker's, as monitoring and cloud consoles write them:
+    ``NVIDIA H100 80GB HBM3``, ``A100 (80GB)``, ``A100 80GB SXM4``.
 
     Raises:
         UnknownNameError: No accelerator has this name; the message lists near ones.
     """
-    found = _by_name().get(name.strip().lower().replace(" ", "-"))
+    found = _by_name().get(name.strip().lower().replace(" ", "-")) or _by_words().get(_words(name))
     if found is None:
         raise UnknownNameError(
             "accelerator",

@@ -20,8 +20,10 @@ __all__ = ["command"]
 _TEXT = {"model", "accelerator", "arrivals", "weights", "kv_dtype", "profile"}
 _WHOLE = {"tensor_parallel", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "concurrency"}
 _REAL = {"rate", "prompt_tokens", "output_tokens", "prefix_hit_rate", "length_cv"}
-_WHOLE |= {"speculative_tokens"}
+_WHOLE |= {"speculative_tokens", "requests", "seed"}
 _REAL |= {"acceptance", "draft_cost"}
+_SWITCH = {"steady"}
+_ON, _OFF = {"1", "true", "yes"}, {"0", "false", "no"}
 
 
 @click.command("predict", cls=OneLineCommand)
@@ -149,14 +151,24 @@ def _predict(values: dict[str, Any]) -> Prediction:
 
 def _predict_all(path: Path, flags: dict[str, Any]) -> None:
     """Print a JSON line for each row of a CSV file; rows that cannot be predicted say why and fail the command."""
-    with input_errors(str(path)), path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        known = (_TEXT | _WHOLE | _REAL) & {name.strip() for name in reader.fieldnames or ()}
-        if not known:
+    with input_errors(str(path)):
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+        except UnicodeDecodeError as error:
+            raise ValueError("this is no UTF-8 text: save it as CSV in UTF-8") from error
+        header = lines[0] if lines else ""
+        delimiter = max(",;\t", key=header.count)  # spreadsheets of some countries write the others
+        reader = csv.DictReader(lines, delimiter=delimiter)
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num} is no CSV ({error}): correct it") from error
+        if not (_TEXT | _WHOLE | _REAL | _SWITCH) & {_column(name) for name in reader.fieldnames or ()}:
             raise ValueError(
                 "no column is named as a flag: begin with a header such as model,accelerator,rate"
             )
-        rows = list(reader)
+        if not rows:
+            raise ValueError("there is no row below the header: give one for each prediction")
     wrong = []
     for number, row in enumerate(rows, start=1):
         try:
@@ -172,16 +184,31 @@ def _predict_all(path: Path, flags: dict[str, Any]) -> None:
         raise InputError(f"{path}: {wrong[0]}{more}")
 
 
+def _column(name: str | None) -> str:
+    """A column's name as a flag's, whatever its case and hyphens; a row too long has one without a name."""
+    return (name or "").strip().lower().replace("-", "_").replace(" ", "_")
+
+
 def _row_values(row: dict[str | None, Any], flags: dict[str, Any]) -> dict[str, Any]:
     """The flags with a row's cells over them."""
     values = dict(flags)
+    given = {_column(column) for column, cell in row.items() if isinstance(cell, str) and cell.strip()}
+    for name, other in (("rate", "concurrency"), ("concurrency", "rate")):
+        if name in given and other not in given:
+            values[other] = (
+                None  # a row's open loop replaces the command's closed one, and the other way round
+            )
     for column, cell in row.items():
-        name = column.strip() if column else ""
+        name = _column(column)
         text = cell.strip() if isinstance(cell, str) else ""  # a row too long carries a list
         if not text:
             continue
         if name in _TEXT:
             values[name] = text
+        elif name in _SWITCH:
+            if text.lower() not in _ON | _OFF:
+                raise ValueError(f"{name} {text!r}: write true or false")
+            values[name] = text.lower() in _ON
         elif name in _WHOLE | _REAL:
             try:
                 number = float(text)
