@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from ring.harness import install_crd
 from servingtiers.api import API_VERSION, KIND, PLURAL, ServingTierSpec, ServingTierStatus
 from servingtiers.api.crd import crd_document
+from servingtiers.cli import main
 from servingtiers.lab.controlplane import ApiError, ControlPlane
 
 pytestmark = pytest.mark.ring
@@ -96,6 +98,40 @@ def tiers(control_plane: ControlPlane) -> Tiers:
     """Return access to the tiers of an API server that has the CRD of the models, as they are now."""
     install_crd(control_plane)
     return Tiers(control_plane)
+
+
+PLANNED = {
+    "aggregated": ["--slo", "ttft.p99=500ms", "--slo", "tpot.p99=50ms"],
+    "disaggregated": ["--slo", "ttft.p99=1s", "--disaggregation", "only"],
+    "quantized": [
+        "--weights",
+        "fp8",
+        "--kv-dtype",
+        "fp8",
+        "--length-cv",
+        "0.8",
+        "--prefix-hit-rate",
+        "0.333",
+    ],
+    "other percentiles": ["--slo", "ttft.p999=1.5s", "--slo", "itl.p99=90ms", "--slo", "e2e.p95=12.5s"],
+    "three readings": ["--p99", "300ms"],
+    "by mean": ["--slo", "tpot.mean=33.3ms"],
+}
+"""What is asked of the planner, each a tier of its own."""
+
+
+@pytest.mark.parametrize("asked", PLANNED.values(), ids=PLANNED)
+def test_the_tier_that_the_planner_prints_can_be_applied_as_it_is(tiers: Tiers, asked: list[str]) -> None:
+    """No edit between `servingtiers plan -o yaml` and `kubectl apply`."""
+    arguments = ["plan", "--model", "meta-llama/Llama-3.1-8B-Instruct", "--rate", "12.345678", "-o", "yaml"]
+    arguments += ["--accelerator", "h100", "--tensor-parallel", "1", "--no-simulation"]
+    result = CliRunner().invoke(main, [*arguments, *asked])
+    assert result.exit_code == 0, result.output
+
+    stored = tiers.dry_run(yaml.safe_load(result.stdout))
+
+    assert stored["spec"]["workload"]["requestsPerSecond"] == "12.345678"
+    assert stored["spec"]["tier"] in {"Latency", "Balanced", "Throughput"}
 
 
 EXAMPLES = [

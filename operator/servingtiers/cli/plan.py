@@ -421,6 +421,9 @@ def _print(
             ) from error
     else:
         click.echo("\n\n".join(_table(heading, plan, top) for heading, plan in plans))
+        used = [p.option.accelerator for _, plan in plans for c in plan.choices[:top] for p in c.pools]
+        for source in dict.fromkeys(constraints.price_source(accelerator) for accelerator in used):
+            click.echo(f"prices: {source if source != 'given' else 'as given with --price'}")
 
 
 def _table(heading: str, plan: Plan, top: int) -> str:
@@ -499,6 +502,7 @@ def _choice_json(choice: Choice, constraints: Constraints) -> dict[str, Any]:
                 "replicasNeeded": pool.needed,
                 "replicas": pool.replicas,
                 "pricePerAcceleratorHour": constraints.price(pool.option.accelerator),
+                "priceSource": constraints.price_source(pool.option.accelerator),
                 "source": pool.source,
                 "bandPercent": round(pool.band_percent, 2),
             }

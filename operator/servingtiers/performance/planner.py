@@ -174,6 +174,10 @@ class Constraints:
         """Price of one accelerator for one hour."""
         return self.prices.get(accelerator.key, accelerator.price_per_hour_usd)
 
+    def price_source(self, accelerator: Accelerator) -> str:
+        """Where that price comes from."""
+        return "given" if accelerator.key in self.prices else accelerator.price_source
+
 
 @dataclass(frozen=True, slots=True)
 class Option:

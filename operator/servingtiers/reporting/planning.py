@@ -95,13 +95,14 @@ def plan_page(plans: Sequence[tuple[str, Plan]], constraints: Constraints) -> st
         f"{a.key} {constraints.price(a):.2f}"
         for a in sorted({o.accelerator for o in options}, key=lambda a: a.key)
     )
+    sources = sorted({constraints.price_source(o.accelerator) for o in options} - {"given"})
     rate = f"{demand.rate:g} requests/s of {demand.prompt_tokens:g} prompt and {demand.output_tokens:g} output tokens"
     return Page(
         title=f"Capacity plan: {', '.join(models) or 'no fleet'}",
         summary=f"{rate}; {100 * demand.prefix_hit_rate:.0f} % of prompt tokens cached; "
         f"{constraints.spare} spare replica(s) per pool; TTFT p99 is held against the objective × {constraints.tail_margin:g}.",
         sections=sections,
-        footer=f"USD per accelerator and hour: {prices}. "
+        footer=f"USD per accelerator and hour: {prices}. {' · '.join(sources)} "
         + " · ".join(sorted({p.source for _, plan in plans for c in plan.choices[:8] for p in c.pools})),
     ).html()
 
