@@ -94,9 +94,10 @@ bench-reconcile: setup control-plane ## 100 and 300 tiers at once, then five idl
 	@$(BIN)/python tests/bench/bench_reconcile.py
 
 .PHONY: bench-model
-bench-model: setup ## Accuracy and speed of the performance model
-	@for part in tables roofline analytic engine inferencex plans; do \
-	  echo; echo "=== $$part"; $(BIN)/python tests/bench/bench_$$part.py || exit 1; done
+bench-model: setup ## Accuracy and speed of the performance model; each criterion with its verdict at the end
+	@mkdir -p build && set -o pipefail && for part in tables roofline analytic engine inferencex plans properties; do \
+	  echo; echo "=== $$part"; $(BIN)/python tests/bench/bench_$$part.py || exit 1; done | tee build/bench-model.txt
+	@echo; echo "=== every criterion"; grep '^criterion: ' build/bench-model.txt
 
 .PHONY: bench-autoscaler
 bench-autoscaler: setup ## The autoscaler study, quick form (FULL=1: the whole grid, hours)

@@ -33,6 +33,7 @@ def main() -> int:
     print(f"event simulation of {shape.name} on {gpu.key}, table look-up included, one core, best of 5")
     print(f"{'prompt':>7}{'output':>8}{'req/s':>7}{'CV':>5}{'batch':>8}{'M steps/s':>11}{'M tokens/s':>12}")
     failed = False
+    slowest = [float("inf"), float("inf")]
     for prompt, output, rate, cv in CASES:
         workload = Workload(prompt, output, rate=rate, prompt_cv=cv, output_cv=cv)
         fastest = float("inf")
@@ -50,10 +51,11 @@ def main() -> int:
             f"{prompt:>7}{output:>8}{rate:>7g}{cv:>5g}{batch:>8.1f}{steps / fastest / 1e6:>11.1f}{tokens / fastest / 1e6:>12.0f}"
         )
         if batch >= 32:
+            slowest = [min(slowest[0], steps / fastest / 1e6), min(slowest[1], tokens / fastest / 1e6)]
             failed |= steps / fastest < STEPS_TARGET or tokens / fastest < TOKENS_TARGET
     print(
         f"criterion: at a mean batch of 32 or more, {STEPS_TARGET / 1e6:g} M steps/s and {TOKENS_TARGET / 1e6:g} M tokens/s: "
-        + ("MISSED" if failed else "met")
+        f"{slowest[0]:.1f} and {slowest[1]:.0f} at least " + ("MISSED" if failed else "met")
     )
     return 0
 

@@ -18,6 +18,7 @@ def main() -> int:
     """Fit, print, judge."""
     reports = fit.fit_all()
     print(fit.render(reports))
+    print("\n".join(fit.unseen()))
     for report in reports:
         if report.weights != "bf16" or report.accelerator not in CLAIMED_FOR:
             continue

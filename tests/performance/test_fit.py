@@ -7,7 +7,7 @@ import pytest
 from servingtiers.catalog.accelerators import accelerator
 from servingtiers.catalog.models import model
 from servingtiers.performance.roofline import Roofline, RooflineConstants, load_constants
-from servingtiers.performance.tables import load_table, mixed_pairs, table_keys
+from servingtiers.performance.tables import FITTED, load_table, mixed_pairs, table_keys
 
 np = pytest.importorskip("numpy")
 fit = pytest.importorskip("servingtiers.performance.fit")
@@ -15,7 +15,9 @@ fit = pytest.importorskip("servingtiers.performance.fit")
 KEYS = [
     key
     for key in table_keys()
-    if key.accelerator == "h100-sxm-80gb" and key.weights == "bf16" and not model(key.model).is_moe
+    if (key.accelerator, key.weights, key.kv_dtype) == ("h100-sxm-80gb", "bf16", "bf16")
+    and key.model in FITTED
+    and not model(key.model).is_moe
 ]
 CONSTANTS = RooflineConstants(
     mbu=0.85,

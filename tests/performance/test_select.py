@@ -85,7 +85,10 @@ def test_quantization_follows_the_roofline():
 def test_an_fp8_cache_holds_twice_as_much_and_is_read_faster():
     bf16, fp8 = step_model(LLAMA, H100), step_model(LLAMA, H100, kv_dtype="fp8")
     assert fp8.kv_capacity_tokens == pytest.approx(2 * bf16.kv_capacity_tokens, rel=0.01)
-    assert fp8.step_ms(0, 0, 64, 64 * 8192) < 0.75 * bf16.step_ms(0, 0, 64, 64 * 8192)
+    # Measured on Hopper: the kernels read it at 60 % of the time of 16 bits, and small batches gain nothing.
+    assert fp8.step_ms(0, 0, 64, 64 * 8192) < 0.8 * bf16.step_ms(0, 0, 64, 64 * 8192)
+    assert fp8.step_ms(0, 0, 1, 512) > 0.98 * bf16.step_ms(0, 0, 1, 512)
+    assert fp8.source.kind is SourceKind.TABLE
 
 
 def test_the_capacity_formula_reproduces_the_tables_lists():
@@ -96,9 +99,10 @@ def test_the_capacity_formula_reproduces_the_tables_lists():
             accelerator(key.accelerator),
             tensor_parallel=key.tensor_parallel,
             weights=key.weights,
+            kv_dtype=key.kv_dtype,
         )
         shape = model(key.model)
-        per_token = shape.kv_bytes_per_token() / shape.kv_shards(key.tensor_parallel)
+        per_token = shape.kv_bytes_per_token(key.kv_dtype) / shape.kv_shards(key.tensor_parallel)
         # Within half a gigabyte of the memory of each GPU.
         assert abs(ours - listed) * per_token < 0.5e9, key
 

@@ -71,7 +71,7 @@ def test_spikes_come_down_to_what_a_larger_batch_takes_and_nothing_rises(grid):
     "key",
     tables.table_keys(),
     ids=lambda key: "-".join(
-        map(str, (key.accelerator, key.model.rsplit("/")[-1], key.weights, key.tensor_parallel))
+        map(str, (key.accelerator, key.model.rsplit("/")[-1], key.weights, key.kv_dtype, key.tensor_parallel))
     ),
 )
 def test_every_shipped_table_loads_into_a_monotone_grid(key):

@@ -21,8 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from servingtiers.catalog.accelerators import accelerator
 from servingtiers.catalog.models import model
-from servingtiers.performance.roofline import DEFAULT_CONSTANTS, Roofline, RooflineConstants
-from servingtiers.performance.tables import TableKey, load_table, mixed_pairs, table_keys
+from servingtiers.performance.roofline import (
+    DEFAULT_CONSTANTS,
+    Roofline,
+    RooflineConstants,
+    load_constants,
+)
+from servingtiers.performance.tables import FITTED, TableKey, load_table, mixed_pairs, table_keys
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +35,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-__all__ = ["FitReport", "fit_all", "main"]
+__all__ = ["FitReport", "fit_all", "main", "render", "unseen"]
 
 FITTED_TO = "vLLM 0.24 step tables (A100: 0.14)"
 
@@ -254,7 +259,9 @@ def fit_all(only: Callable[[str, str], bool] = lambda _gpu, _weights: True) -> l
 
     groups: dict[tuple[str, str], list[TableKey]] = {}
     for key in table_keys():
-        if not model(key.model).is_moe and only(key.accelerator, key.weights):
+        if key.kv_dtype != "bf16" or model(key.model).is_moe or not only(key.accelerator, key.weights):
+            continue
+        if key.model in FITTED:
             groups.setdefault((key.accelerator, key.weights), []).append(key)
     reports: list[FitReport] = []
     for (gpu, weights), keys in groups.items():
@@ -285,6 +292,24 @@ def fit_all(only: Callable[[str, str], bool] = lambda _gpu, _weights: True) -> l
             )
         )
     return reports
+
+
+def unseen() -> list[str]:
+    """Return lines that say how far the shipped constants are from the tables of models no fit has seen."""
+    import numpy as np
+
+    groups: dict[tuple[str, str], list[TableKey]] = {}
+    for key in table_keys():
+        if key.kv_dtype == "bf16" and key.model not in FITTED:
+            groups.setdefault((key.accelerator, key.weights), []).append(key)
+    lines = ["The shipped constants against the tables of models that no fit has seen, likewise"]
+    for (gpu, weights), keys in groups.items():
+        rows, families = _columns(keys)
+        predicted = np.asarray(_predict(rows, load_constants()[gpu, weights]))
+        middle, high = _errors(rows, predicted, 0.5), _errors(rows, predicted, 0.9)
+        cells = " ".join(f"{middle[k]:5.1f} ({high[k]:5.1f})" for k in _KINDS)
+        lines.append(f"{gpu:16s} {weights:7s} {rows.ms.size:5d} {cells}   {len(families)} models")
+    return lines
 
 
 def render(reports: Iterable[FitReport]) -> str:

@@ -198,7 +198,7 @@ def _base(
         table = find_table(model, accelerator.key, weights, kv_dtype, tensor_parallel)
         if table is not None:
             return _from_table(table, target)
-        like = nearest_table(model, accelerator, weights, tensor_parallel)
+        like = nearest_table(model, accelerator, weights, tensor_parallel, kv_dtype=kv_dtype)
         if like is not None:
             return _corrected(like, target, capacity)
     return GridStepModel(source=source, kv_capacity_tokens=capacity, grid=target.grid(), hull=None)
@@ -210,6 +210,7 @@ def nearest_table(
     weights: str,
     tensor_parallel: int,
     *,
+    kv_dtype: str = "bf16",
     leave_out: Callable[[TableKey], bool] = lambda _: False,
 ) -> StepTable | None:
     """Return the shipped table that resembles a configuration most, or None when none is near enough.
@@ -234,7 +235,7 @@ def nearest_table(
         distance += 0.5 * abs(log(other.kv_bytes_per_token() / shape.kv_bytes_per_token()))
         distance += 0.5 * abs(log(other.layers / shape.layers))
         distance += 0.7 * abs(log(key.tensor_parallel / tensor_parallel))
-        distance += 0.7 * (key.weights != weights)
+        distance += 0.7 * (key.weights != weights) + 0.7 * (key.kv_dtype != kv_dtype)
         if distance <= _NEAR and (best is None or (distance, key) < best):
             best = (distance, key)
     return load_table(best[1]) if best is not None else None

@@ -26,6 +26,9 @@ from servingtiers.catalog.models import ModelShape, model
 from servingtiers.performance.steps import Hull, StepGrid
 
 __all__ = [
+    "FITTED",
+    "MIXED_CONTEXT",
+    "MODEL_IDS",
     "StepRow",
     "StepTable",
     "TableKey",
@@ -80,7 +83,8 @@ class StepTable:
     rows: tuple[StepRow, ...]
 
 
-_MODEL_IDS = {
+MODEL_IDS = {
+    # The roofline is fitted to these.
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
     "llama-2-70b": "meta-llama/Llama-2-70b-hf",
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
@@ -91,7 +95,19 @@ _MODEL_IDS = {
     "qwen3-32b": "Qwen/Qwen3-32B",
     "codellama-34b": "codellama/CodeLlama-34b-hf",
     "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
+    # And these it has never seen.
+    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "qwen2.5-14b": "Qwen/Qwen2.5-14B",
+    "qwen2.5-32b": "Qwen/Qwen2.5-32B",
+    "qwen2.5-72b": "Qwen/Qwen2.5-72B",
+    "yi-34b": "01-ai/Yi-34B",
 }
+"""Short names of the models that have tables."""
+FITTED = frozenset(list(MODEL_IDS.values())[:10])
+"""Models whose tables the roofline is fitted to, with 16 bits in the KV cache."""
 
 
 @cache
@@ -107,7 +123,7 @@ def _blocks() -> Mapping[TableKey, str]:
     blocks: dict[TableKey, str] = {}
     for head, rows in lines.items():
         gpu, name, weights, kv_dtype, tensor_parallel = head.split(",")
-        key = TableKey(accelerator(gpu).key, _MODEL_IDS[name], weights, kv_dtype, int(tensor_parallel))
+        key = TableKey(accelerator(gpu).key, MODEL_IDS[name], weights, kv_dtype, int(tensor_parallel))
         blocks[key] = "\n".join(rows)
     return blocks
 
