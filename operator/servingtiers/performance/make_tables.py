@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from servingtiers.catalog.models import ModelShape, model
-from servingtiers.performance.tables import MIXED_CONTEXT, MODEL_IDS
+from servingtiers.performance.tables import FITTED, MIXED_CONTEXT, MODEL_IDS
 
 __all__ = ["main"]
 
@@ -140,9 +140,12 @@ def tables(names: list[str], kv_types: list[str]) -> Iterator[str]:
             folder = Path(top) / name
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(config_of(shape)), encoding="utf-8")
+            # Ampere has no FP8; the cache of 8 bits is tabled for the models that the roofline is fitted to.
             for system in SYSTEMS:
                 for weights in TYPES if system != "a100_sxm" else ("bf16",):
-                    for kv in kv_types if system != "a100_sxm" else ("bf16",):
+                    for kv in kv_types:
+                        if kv == "fp8" and (system == "a100_sxm" or shape.name not in FITTED):
+                            continue
                         for tp in parallelisms(shape):
                             yield from rows_of(core, folder, system, name, weights, kv, tp)
 

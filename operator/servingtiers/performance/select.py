@@ -215,10 +215,11 @@ def nearest_table(
 ) -> StepTable | None:
     """Return the shipped table that resembles a configuration most, or None when none is near enough.
 
-    Distance is the sum of the logarithms of the ratios of weights, KV bytes, layers and tensor parallelism,
-    each with a weight, plus a constant for another data type. Only dense models on the same accelerator are
-    compared, because a mixture of experts, or another memory system, errs in its own way. Groups of two GPUs
-    and larger ones are not compared where PCIe joins them: vLLM reduces over them with different kernels.
+    Distance is the sum of the logarithms of the ratios of weights, KV bytes, layers, vocabulary and tensor
+    parallelism, each with a weight, plus a constant for another data type of weights or KV cache. Only dense models
+    on the same accelerator are compared, because a mixture of experts, or another memory system, errs in its own
+    way. Groups of two GPUs and larger ones are not compared where PCIe joins them: vLLM reduces over them with
+    different kernels.
     """
     if shape.is_moe or shape.mla is not None:
         return None
@@ -234,6 +235,7 @@ def nearest_table(
         distance = abs(log(other.linear_parameters / shape.linear_parameters))
         distance += 0.5 * abs(log(other.kv_bytes_per_token() / shape.kv_bytes_per_token()))
         distance += 0.5 * abs(log(other.layers / shape.layers))
+        distance += 0.1 * abs(log(other.vocabulary / shape.vocabulary))
         distance += 0.7 * abs(log(key.tensor_parallel / tensor_parallel))
         distance += 0.7 * (key.weights != weights) + 0.7 * (key.kv_dtype != kv_dtype)
         if distance <= _NEAR and (best is None or (distance, key) < best):
