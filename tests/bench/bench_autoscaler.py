@@ -27,12 +27,12 @@ import numpy as np
 
 import servingtiers
 from servingtiers.simulate.fleet import RunResult, run
-from servingtiers.simulate.limits import TARGET, clairvoyant, static_optimal
+from servingtiers.simulate.limits import TARGET, clairvoyant, static_optimal, static_run
 from servingtiers.simulate.policies import Policy
-from servingtiers.simulate.rivals import KNOBS, RIVALS, make_policy
+from servingtiers.simulate.rivals import KNOBS, RIVALS, UNSHARED, make_policy
 from servingtiers.simulate.rivals.hpa import EppKeda
 from servingtiers.simulate.scenario import Delay, Noise, Scenario
-from servingtiers.simulate.scoring import score
+from servingtiers.simulate.scoring import missed, score
 from servingtiers.simulate.telemetry import FaultKind, MetricFault
 from servingtiers.simulate.tiers import parse_tier, tier_plan
 from servingtiers.simulate.traces import Trace, load_trace
@@ -306,23 +306,31 @@ def _llmd(job: Job) -> dict[str, Any]:
     return {"llmd": found}
 
 
-_MIXES = {"prompt-heavy": (4000.0, 80.0, 6.0), "decode-heavy": (400.0, 500.0, 10.0)}
-"""Mean prompt and output tokens, requests per second."""
+_MIXES = {"prompt-heavy": (4000.0, 80.0, 24.0), "decode-heavy": (400.0, 500.0, 40.0)}
+"""Mean prompt and output tokens, requests per second; enough of them that one engine is a small part of a ratio."""
+_PHASE = 1800.0
+"""Seconds of each mix; the shifting mix is one after the other."""
+_PD_START_UP = Delay(30.0)
 
 
 def _pd_tier(*, split: bool) -> dict[str, Any]:
     document = _tier("Balanced", _8B, "a100-sxm-80gb", 1, "2s", "50ms")
     pool = document["spec"]["pool"]
-    pool["scaling"] = {"minReplicas": 1, "maxReplicas": 16}
+    pool["scaling"] = {"minReplicas": 1, "maxReplicas": 32}
     if split:
         del document["spec"]["pool"]
         document["spec"]["disaggregation"] = {"prefill": pool, "decode": pool}
     return document
 
 
-def _mix(name: str, seed: int, seconds: float = 1800.0) -> Trace:
+def _pd_scenario(trace: Trace, *, split: bool) -> Scenario:
+    plan = tier_plan(parse_tier(_hinted(_pd_tier(split=split), trace)), trace)
+    return Scenario((plan,), start_up=_PD_START_UP)
+
+
+def _mix(name: str, seed: int) -> Trace:
     prompt, output, rate = _MIXES[name]
-    return load_trace(f"step:{rate}:{rate}:{seconds}", seed=seed, prompt=prompt, output=output)
+    return load_trace(f"step:{rate}:{rate}:{_PHASE}", seed=seed, prompt=prompt, output=output)
 
 
 def _joined(first: Trace, second: Trace) -> Trace:
@@ -337,46 +345,170 @@ def _joined(first: Trace, second: Trace) -> Trace:
     )
 
 
+def _fixed(place: Scenario, seed: int, *counts: int) -> dict[str, float]:
+    """Return what a fleet gives that is never changed: one count for each pool."""
+    (tier,) = place.tiers
+    replicas = {(tier.key, pool.name): count for pool, count in zip(tier.pools, counts, strict=True)}
+    found = score(static_run(place, replicas, seed))
+    return {"violations": found.violations, "gpuHours": found.gpu_hours}
+
+
+def _splits(place: Scenario, seed: int, total: int) -> dict[str, float]:
+    """Return the violations of every division of so many engines into prefill and decode."""
+    return {
+        f"{prefill}:{total - prefill}": _fixed(place, seed, prefill, total - prefill)["violations"]
+        for prefill in range(1, total)
+    }
+
+
 def _pd(job: Job) -> dict[str, Any]:
+    """Compare with the same engines aggregated and with fixed ratios, for each mix and for a shift between them."""
     seed = job.cell.seed
-    found: dict[str, Any] = {}
     parts = {name: _mix(name, seed) for name in _MIXES}
+    mixes: dict[str, Any] = {}
     for name, trace in parts.items():
-        best = static_optimal(
-            Scenario(
-                (tier_plan(parse_tier(_hinted(_pd_tier(split=True), trace)), trace),), start_up=Delay(30.0)
-            ),
-            seed,
-        )
-        together = static_optimal(
-            Scenario(
-                (tier_plan(parse_tier(_hinted(_pd_tier(split=False), trace)), trace),), start_up=Delay(30.0)
-            ),
-            seed,
-        )
-        found[name] = {
-            "prefill": best.replicas["default/study", "prefill"],
-            "decode": best.replicas["default/study", "decode"],
-            "aggregated": together.total,
-            "violations": best.score.violations,
-            "aggregatedViolations": together.score.violations,
+        apart, together = (_pd_scenario(trace, split=split) for split in (True, False))
+        best = static_optimal(apart, seed)
+        prefill, decode = (best.replicas["default/study", pool] for pool in ("prefill", "decode"))
+        total = prefill + decode
+        least = static_optimal(together, seed)
+        mixes[name] = {
+            "prefill": prefill,
+            "decode": decode,
+            "level": best.level,
+            "splits": _splits(apart, seed, total),
+            "aggregated": least.total,
+            "aggregatedAtSame": _fixed(together, seed, total)["violations"],
         }
-    shifting = _joined(parts["prompt-heavy"], parts["decode-heavy"])
-    place = Scenario(
-        (tier_plan(parse_tier(_hinted(_pd_tier(split=True), shifting)), shifting),), start_up=Delay(30.0)
-    )
-    result = run(place, make_policy(OURS, place), seed)
-    ratios = {}
-    prefill, decode = result.tiers[0].pools
+    shifting = _joined(*parts.values())
+    apart, together = (_pd_scenario(shifting, split=split) for split in (True, False))
+    whole = static_optimal(apart, seed)
+    pair = tuple(whole.replicas["default/study", pool] for pool in ("prefill", "decode"))
+    runs = {
+        f"fixed {pair[0]}:{pair[1]}, the least that keeps both phases": _fixed(apart, seed, *pair),
+        **{
+            f"fixed {each['prefill']}:{each['decode']}, best for the {name} phase": _fixed(
+                apart, seed, each["prefill"], each["decode"]
+            )
+            for name, each in mixes.items()
+        },
+    }
+    least = static_optimal(together, seed).total
+    runs[f"aggregated, fixed {least}"] = _fixed(together, seed, least)
+    result = run(apart, make_policy(OURS, apart), seed)
+    for label, made in (
+        (f"{OURS}, P/D", result),
+        (f"{OURS}, aggregated", run(together, make_policy(OURS, together), seed)),
+    ):
+        figures = score(made)
+        runs[label] = {"violations": figures.violations, "gpuHours": figures.gpu_hours}
+    prefill_pool, decode_pool = result.tiers[0].pools
+    phases = {}
     for index, name in enumerate(_MIXES):
         # The second half of each phase: the first is the way there.
-        begin, end = 1800.0 * index + 900.0, 1800.0 * (index + 1)
-        inside = (prefill.time >= begin) & (prefill.time < end)
-        ratios[name] = {
-            "prefill": float(prefill.ready[inside].mean()),
-            "decode": float(decode.ready[inside].mean()),
+        begin, end = _PHASE * (index + 0.5), _PHASE * (index + 1)
+        inside = (prefill_pool.time >= begin) & (prefill_pool.time < end)
+        arrival = result.tiers[0].arrival
+        requests = (arrival >= begin) & (arrival < end)
+        phases[name] = {
+            "prefill": float(prefill_pool.ready[inside].mean()),
+            "decode": float(decode_pool.ready[inside].mean()),
+            "violations": float(missed(result.tiers[0])[requests].mean()),
         }
-    return {"pd": {"fixed": found, "ours": ratios, "score": score(result).to_json()}}
+    return {"pd": {"mixes": mixes, "shifting": runs, "ours": phases}}
+
+
+# --- lending ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lending:
+    """Two tiers of one model that share a pool: a latency tier, and a throughput tier that is its burst buffer."""
+
+    latency: str
+    """Trace."""
+    latency_scale: float
+    throughput: str
+    throughput_scale: float
+    fleets: tuple[int, int] | None
+    """Engines of each tier, never started or stopped: the same accelerators with and without lending. None: both tiers
+    are scaled, within the accelerators there are."""
+    start_up: float = 130.0
+    keep: int = 18
+    """Engines that the throughput tier keeps (minKeep)."""
+    most: int = 3
+    """Engines that the latency tier may borrow (maxBorrowed)."""
+    real: bool = True
+    """Judged: a real burst with a start-up of 130 s. The others show where lending buys nothing."""
+
+
+_LENDING_ACCELERATORS = 32
+_NOTHING_TO_HALVE = 0.001
+"""Violations without lending below which a cell cannot tell."""
+LENDING = {
+    "conversations beside code": Lending("azure-conv", 8, "azure-code", 8, (8, 24)),
+    "conversations beside conversations": Lending("azure-conv", 8, "azure-conv", 16, (8, 24)),
+    "code beside conversations": Lending("azure-code", 2, "azure-conv", 16, (5, 24)),
+    "conversations beside code, scaled": Lending("azure-conv", 8, "azure-code", 8, None, keep=2),
+    "code beside conversations, scaled": Lending("azure-code", 2, "azure-conv", 16, None, keep=2),
+    "conversations beside code, scaled, 5 s": Lending(
+        "azure-conv", 8, "azure-code", 8, None, start_up=5.0, keep=2, real=False
+    ),
+    "steady beside conversations": Lending("step:30:30:3500", 1, "azure-conv", 16, (9, 24), real=False),
+    "nothing to spare": Lending("azure-conv", 8, "azure-conv", 16, (8, 15), keep=15, real=False),
+}
+
+
+def lending_scenario(cell: Lending, seed: int) -> Scenario:
+    """Return the two tiers; only batch and share of the pool differ."""
+    plans = []
+    for index, (name, kind, batch, priority, trace, scale) in enumerate(
+        (
+            ("chat", "Latency", 64, 200, cell.latency, cell.latency_scale),
+            ("batch", "Throughput", 128, 50, cell.throughput, cell.throughput_scale),
+        )
+    ):
+        document = _tier(kind, _8B, "a100-sxm-80gb", 1, "2s", "100ms")
+        document["metadata"]["name"] = name
+        spec = document["spec"]
+        if kind == "Throughput":
+            del spec["slo"]
+        spec["sharedPool"] = {"name": "shared", "priority": priority, "maxBorrowed": cell.most}
+        spec["sharedPool"]["minKeep"] = cell.keep if kind == "Throughput" else 1
+        spec["pool"]["engine"] = {"maxNumSeqs": batch, "maxModelLen": 16384}
+        made = load_trace(trace, scale=scale, seed=seed + 1000 * index, prompt=1155, output=211)
+        plan = tier_plan(parse_tier(_hinted(document, made)), made)
+        if cell.fleets is not None:
+            count = cell.fleets[index]
+            (pool,) = plan.pools
+            bounds = pool.scaling.model_copy(update={"min_replicas": count, "max_replicas": count})
+            plan = replace(plan, pools=(replace(pool, scaling=bounds),), initial={pool.name: count})
+        plans.append(plan)
+    return Scenario(
+        tuple(plans),
+        start_up=Delay(cell.start_up, 0.2),
+        warm_up=WARM_UP,
+        accelerators=sum(cell.fleets) if cell.fleets else _LENDING_ACCELERATORS,
+    )
+
+
+def _lending(job: Job) -> dict[str, Any]:
+    cell = LENDING[job.policy.removeprefix(_LENDING_JOB)]
+    place = lending_scenario(cell, job.cell.seed)
+    found = {}
+    for name in (OURS, UNSHARED):
+        figures = score(run(place, make_policy(name, place), job.cell.seed))
+        chat, batch = figures.tiers["default/chat"], figures.tiers["default/batch"]
+        found[name] = {
+            "violations": chat.violations,
+            "worst5min": chat.worst5min,
+            "completion": batch.mean_completion,
+            "unfinished": batch.unfinished + batch.rejected,
+            "gpuHours": figures.gpu_hours,
+            "latencyGpuHours": chat.gpu_hours,
+            "borrowed": chat.borrowed,
+        }
+    return {"lending": found}
 
 
 def _speed(job: Job) -> dict[str, Any]:
@@ -398,7 +530,13 @@ def _speed(job: Job) -> dict[str, Any]:
     }
 
 
-SPECIAL: dict[str, Callable[[Job], dict[str, Any]]] = {"llm-d step": _llmd, "p/d mixes": _pd, "speed": _speed}
+_LENDING_JOB = "lending: "
+SPECIAL: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "llm-d step": _llmd,
+    "p/d mixes": _pd,
+    "speed": _speed,
+    **{_LENDING_JOB + name: _lending for name in LENDING},
+}
 
 # --- the grid ---------------------------------------------------------------------------------------------------------
 
@@ -571,11 +709,7 @@ def judge(results: Results, cells: Sequence[Cell]) -> list[Line]:
         _against_clairvoyant(results, cells),
         _robust(results, cells),
         _llmd_line(results),
-        Line(
-            "lending: half the latency-tier violations at the same GPU-hours",
-            None,
-            "no TierPool in the policy yet",
-        ),
+        _lending_line(results),
         _pd_line(results),
         _calm(results),
         _blind(results),
@@ -769,22 +903,78 @@ def _llmd_line(results: Results) -> Line:
     return Line(name, good, "; ".join(texts))
 
 
+def _lending_line(results: Results) -> Line:
+    name = (
+        "lending, two tiers on real bursts, start-up 130 s: at the same GPU-hours (+1 %), latency-tier violations ≤ half, "
+        "throughput-tier completion ≤ 10 % longer"
+    )
+    told, good, texts = 0, 0, []
+    for label, cell in LENDING.items():
+        record = _special(results, _LENDING_JOB + label)
+        if record is None:
+            continue
+        ours, apart = record["lending"][OURS], record["lending"][UNSHARED]
+        longer = ours["completion"] / max(apart["completion"], 1e-9) - 1
+        more = ours["gpuHours"] / max(apart["gpuHours"], 1e-9) - 1
+        kept = (
+            ours["violations"] <= 0.5 * apart["violations"]
+            and longer <= 0.10
+            and more <= 0.01
+            and ours["unfinished"] <= apart["unfinished"]
+        )
+        verdict = "shown, not judged"
+        if cell.real and apart["violations"] < _NOTHING_TO_HALVE:
+            verdict = "nothing to halve"
+        elif cell.real:
+            told += 1
+            good += kept
+            verdict = "kept" if kept else "not kept"
+        texts.append(
+            f"{label}: {100 * apart['violations']:.2f} → {100 * ours['violations']:.2f} % missed, completion "
+            f"{apart['completion']:.2f} → {ours['completion']:.2f} s ({100 * longer:+.0f} %), GPU-hours "
+            f"{apart['gpuHours']:.1f} → {ours['gpuHours']:.1f} ({100 * more:+.1f} %), {ours['borrowed']} loans: {verdict}"
+        )
+    return Line(
+        name,
+        good == told if len(texts) == len(LENDING) and told else None,
+        f"{good} of {told} cells" + "".join(f"\n      {text}" for text in texts),
+    )
+
+
+def _share(prefill: float, decode: float) -> float:
+    return prefill / (prefill + decode)
+
+
 def _pd_line(results: Results) -> Line:
-    name = "P/D: the ratio within 10 % of the best fixed one in each phase of a shifting mix"
+    name = "P/D: prefill's share of the engines within 10 % of the best fixed one in each phase of a shifting mix"
     record = _special(results, "p/d mixes")
     if record is None:
         return Line(name, None, "not run")
     good, texts = True, []
-    for mix, fixed in record["pd"]["fixed"].items():
+    for mix, fixed in record["pd"]["mixes"].items():
+        total = fixed["prefill"] + fixed["decode"]
+        # Several divisions of the fewest engines may keep the level: each of them is a best one.
+        best = [
+            _share(*map(int, split.split(":")))
+            for split, missed_ in fixed["splits"].items()
+            if missed_ <= fixed["level"]
+        ]
         ours = record["pd"]["ours"][mix]
-        wanted = fixed["prefill"] / (fixed["prefill"] + fixed["decode"])
-        share = ours["prefill"] / (ours["prefill"] + ours["decode"])
-        good = good and abs(share - wanted) <= 0.1
+        share = _share(ours["prefill"], ours["decode"])
+        off = min((abs(share / each - 1) for each in best), default=math.inf)
+        good = good and off <= 0.10
+        even = fixed["splits"].get(f"{total // 2}:{total - total // 2}", math.nan)
         texts.append(
-            f"{mix}: best fixed {fixed['prefill']}P:{fixed['decode']}D (aggregated {fixed['aggregated']}), "
-            f"ours {ours['prefill']:.1f}P:{ours['decode']:.1f}D"
+            f"{mix}: best fixed {fixed['prefill']}P:{fixed['decode']}D; with these {total} engines 1:1 misses "
+            f"{100 * even:.1f} %, aggregated {100 * fixed['aggregatedAtSame']:.1f} % (aggregated needs "
+            f"{fixed['aggregated']}); ours in the shifting mix {ours['prefill']:.1f}P:{ours['decode']:.1f}D, share "
+            f"{100 * off:.0f} % off, {100 * ours['violations']:.2f} % missed"
         )
-    return Line(name, good, "; ".join(texts))
+    texts.extend(
+        f"shifting mix, {label}: {100 * each['violations']:.2f} % missed, {each['gpuHours']:.2f} GPU-hours"
+        for label, each in record["pd"]["shifting"].items()
+    )
+    return Line(name, good, "\n      ".join(texts))
 
 
 def _calm(results: Results) -> Line:

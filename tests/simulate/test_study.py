@@ -218,3 +218,76 @@ def test_the_quick_form_and_the_full_one_are_of_the_promised_size(bench):
     assert len({job.key for job in quick}) == len(quick) < 400
     assert len({job.key for job in full}) == len(full) <= 6000
     assert {job.key for job in quick} <= {job.key for job in full}
+
+
+def lent(bench, records, name, apart, ours):
+    """Add a lending cell: (violations, completion, GPU-hours) without and with."""
+
+    def figures(violations, completion, hours):
+        return {
+            "violations": violations,
+            "completion": completion,
+            "gpuHours": hours,
+            "unfinished": 0,
+            "borrowed": 3,
+        }
+
+    cell = bench.Cell("conv-8b", 130.0)
+    both = {bench.OURS: figures(*ours), bench.UNSHARED: figures(*apart)}
+    records.add(cell, f"lending: {name}", 0.0, 0.0, lending=both)
+
+
+@pytest.mark.parametrize(
+    ("ours", "passed"),
+    [
+        ((0.02, 5.4, 10.05), True),
+        ((0.021, 5.0, 10.0), False),  # more than half
+        ((0.0, 5.6, 10.0), False),  # 12 % longer
+        ((0.0, 5.0, 10.2), False),  # 2 % more GPU-hours
+    ],
+)
+def test_lending_must_halve_violations_at_the_same_hours_and_completion(bench, records, ours, passed):
+    for index, name in enumerate(bench.LENDING):
+        # One cell that tells, the others have nothing to halve.
+        good = ((0.04, 5.0, 10.0), ours) if index == 0 else ((0.0, 5.0, 10.0), (0.0, 5.0, 10.0))
+        lent(bench, records, name, *good)
+    found = line(records.lines([]), "lending")
+    assert found.passed is passed
+    assert found.figures.startswith(f"{int(passed)} of 1 cells")
+    assert "nothing to halve" in found.figures
+
+
+def test_lending_is_not_told_before_every_cell_is_there(bench, records):
+    lent(bench, records, next(iter(bench.LENDING)), (0.04, 5.0, 10.0), (0.0, 5.0, 10.0))
+    assert line(records.lines([]), "lending").passed is None
+
+
+def test_only_batch_priority_and_objectives_differ_between_tiers_that_lend(bench):
+    """Every cell is one the operator would accept, and its fixed fleets hold the same accelerators with and without."""
+    for cell in bench.LENDING.values():
+        place = bench.lending_scenario(replace(cell, latency_scale=0.1, throughput_scale=0.1), 0)
+        assert len(place.groups()) == 1
+        if cell.fleets is not None:
+            assert place.accelerators == sum(
+                tier.pools[0].scaling.max_replicas * tier.pools[0].gpus for tier in place.tiers
+            )
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "passed"),
+    [(9.0, 3.0, True), (8.0, 4.0, False), (10.5, 2.0, True), (17.0, 2.0, True)],
+)
+def test_the_ratio_is_within_ten_percent_of_a_best_fixed_one(bench, records, prefill, decode, passed):
+    """10P:2D and 9P:3D keep the level with the fewest engines: either is a best one. 17P:2D is the ratio, if not the size."""
+    mix = {
+        "prefill": 10,
+        "decode": 2,
+        "level": 0.01,
+        "splits": {"10:2": 0.004, "9:3": 0.009, "8:4": 0.02, "6:6": 0.5},
+        "aggregated": 13,
+        "aggregatedAtSame": 0.02,
+    }
+    ours = {"prefill": prefill, "decode": decode, "violations": 0.0}
+    record = {"mixes": {"prompt-heavy": mix}, "ours": {"prompt-heavy": ours}, "shifting": {}}
+    records.add(bench.Cell("conv-8b", 130.0), "p/d mixes", 0.0, 0.0, pd=record)
+    assert line(records.lines([]), "P/D").passed is passed
