@@ -18,10 +18,20 @@ from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 
 from servingtiers import __version__, facts, reconcile
-from servingtiers.adapters.cluster import AUTOSCALER, CHILDREN, EVENT, POD, TIER, ApiError, Cluster, Kind
+from servingtiers.adapters.cluster import (
+    AUTOSCALER,
+    CHILDREN,
+    EVENT,
+    POD,
+    TIER,
+    TIER_POOL,
+    ApiError,
+    Cluster,
+    Kind,
+)
 from servingtiers.adapters.leadership import NotLeaderError
 from servingtiers.adapters.operator_metrics import OperatorMetrics, Probes, TierGauges
-from servingtiers.adapters.store import Key, Store, key_of_tier
+from servingtiers.adapters.store import Key, Store, group_of, key_of_tier
 from servingtiers.adapters.workqueue import WorkQueue
 from servingtiers.api.base import parse_duration
 from servingtiers.api.spec import ServingTier
@@ -40,6 +50,9 @@ _log = logging.getLogger(__name__)
 
 WATCHED = (*CHILDREN, POD)
 """Kinds watched by label."""
+_MOVING_SECONDS = 2.0
+"""Loads are read this often while engines are between two tiers: a drained one should not wait for the next tick."""
+_BUSY_SECONDS = 0.2
 _SELECTOR = f"{names.MANAGED_BY_LABEL}={names.MANAGED_BY}"
 
 
@@ -82,6 +95,10 @@ class Controller:
         self.queue: WorkQueue[Key] = WorkQueue(clock=time.monotonic)
         self._states: dict[Key, _TierState] = {}
         self._by_label: dict[Key, Key] = {}
+        self._busy: set[Key] = set()
+        """Tiers that a worker is at: for a moment a tier may be in two groups, and two workers must not meet there."""
+        self._moving: set[Key] = set()
+        """Groups with engines between two tiers."""
         self.heartbeat = time.monotonic()
         """Moment at which the event loop last proved to turn."""
         self.running = False
@@ -105,12 +122,27 @@ class Controller:
         """Take in a watch event of a tier."""
         key = key_of_tier(tier)
         self._heard[TIER.kind] = time.monotonic()
+        held = self.store.tiers.get(key)
         if gone:
             self.store.forget_tier(tier)
-            self.queue.add(key)
         elif self.store.see_tier(tier):
             self._by_label[key[0], names.slug(key[1])] = key
-            self.queue.add(key)
+        else:
+            return
+        # The group that it leaves has to do without it, the one that it joins has to count on it.
+        for group in {key if gone else group_of(tier), *([] if held is None else [group_of(held)])}:
+            self.queue.add(group)
+
+    def pool_seen(self, pool: JsonObject, *, gone: bool) -> None:
+        """Take in a watch event of a TierPool."""
+        self._heard[TIER_POOL.kind] = time.monotonic()
+        group = self.store.forget_pool(pool) if gone else self.store.see_pool(pool)
+        if group is not None:
+            self.queue.add(group)
+
+    def _enqueue_tier(self, key: Key) -> None:
+        tier = self.store.tiers.get(key)
+        self.queue.add(key if tier is None else group_of(tier))
 
     def object_seen(self, obj: JsonObject, *, gone: bool) -> None:
         """Take in a watch event of anything else."""
@@ -120,7 +152,7 @@ class Controller:
 
     def _enqueue_label(self, label: Key | None) -> None:
         if label is not None and (key := self._by_label.get(label)) is not None:
-            self.queue.add(key)
+            self._enqueue_tier(key)
 
     # -- loops -------------------------------------------------------------------------------------------------
 
@@ -152,20 +184,23 @@ class Controller:
     async def relist(self) -> None:
         """Compare everything held with fresh lists: watches can lose deletions."""
         namespaces: Sequence[str | None] = self._config.namespaces or [None]
-        kinds = (TIER, *WATCHED, AUTOSCALER)
+        kinds = (TIER, TIER_POOL, *WATCHED, AUTOSCALER)
         for kind in kinds:
             items, version = await self._list(kind, namespaces)
             self._heard[kind.kind] = time.monotonic()
             if kind is TIER:
                 for key in self.store.relist_tiers(items, version):
                     self._by_label[key[0], names.slug(key[1])] = key
-                    self.queue.add(key)
+                    self._enqueue_tier(key)
+            elif kind is TIER_POOL:
+                for group in self.store.relist_pools(items, version):
+                    self.queue.add(group)
             else:
                 for label in self.store.relist(kind.kind, kind.api_version, items, version):
                     self._enqueue_label(label)
 
     async def _list(self, kind: Kind, namespaces: Sequence[str | None]) -> tuple[list[JsonObject], int]:
-        labels = "" if kind in {TIER, AUTOSCALER} else _SELECTOR
+        labels = "" if kind in {TIER, TIER_POOL, AUTOSCALER} else _SELECTOR
         pages = [await self._cluster.list_all(kind, namespace, labels=labels) for namespace in namespaces]
         return [item for items, _ in pages for item in items], min(version for _, version in pages)
 
@@ -174,10 +209,15 @@ class Controller:
         while True:
             began = time.monotonic()
             await self.read_loads()
-            for key in list(self.store.tiers):
-                self.queue.add(key)
+            for tier in list(self.store.tiers.values()):
+                self.queue.add(group_of(tier))
             self.metrics.update(self._gauges())
-            await asyncio.sleep(max(0.1, interval - (time.monotonic() - began)))
+            while True:
+                pause = min(interval, _MOVING_SECONDS) if self._moving else interval
+                left = pause - (time.monotonic() - began)
+                await asyncio.sleep(min(max(0.1, left), _MOVING_SECONDS / 2))
+                if left <= _MOVING_SECONDS / 2:
+                    break
 
     async def read_loads(self) -> None:
         """Read the load of all tiers at once."""
@@ -188,7 +228,7 @@ class Controller:
                 tier = ServingTier.model_validate(raw)
             except ValidationError:
                 continue  # its condition says what is wrong; there is nothing to read
-            target = facts.telemetry_targets(tier, *self.store.belonging_to(key))
+            target = facts.telemetry_targets(tier, *self.store.belonging_to(key), self._guests(key))
             targets[target.key] = (key, target)
         loads = await self._loads.read([target for _, target in targets.values()], now)
         for name, (key, _) in targets.items():
@@ -221,7 +261,17 @@ class Controller:
                     self.queue.add_after(key, again)
             self.metrics.reconciled(outcome, time.monotonic() - began)
 
-    # -- one tier ----------------------------------------------------------------------------------------------
+    def _guests(self, key: Key) -> list[JsonObject]:
+        """Return the engines of other tiers of a group that serve one of them."""
+        return [
+            pod
+            for other, _ in self.store.members(key)
+            if other != key
+            for pod in self.store.belonging_to(other)[1]
+            if facts.serves(key[1], pod)
+        ]
+
+    # -- one group ---------------------------------------------------------------------------------------------
 
     def _state(self, key: Key) -> _TierState:
         if key not in self._states:
@@ -229,39 +279,66 @@ class Controller:
         return self._states[key]
 
     async def reconcile(self, key: Key) -> float | None:
-        """Look at one tier, plan, write; return when to look again, seconds, or None when it is gone.
+        """Look at one tier, or at all that share a TierPool with it, plan, write.
+
+        Args:
+            key: Of a tier or of a group.
+
+        Returns:
+            When to look again, seconds; None when there is nothing there.
 
         Raises:
             ApiError: A write failed in a way that is worth trying again later.
             NotLeaderError: This process may no longer write.
         """
-        raw = self.store.tiers.get(key)
-        if raw is None:
+        if key in self._states and key not in self.store.tiers:
             # Its children carry ownerReferences: the garbage collector removes them, also without us.
-            self._states.pop(key, None)
+            self._states.pop(key)
             self._by_label.pop((key[0], names.slug(key[1])), None)
+        members = self.store.members(key)
+        if not members:
+            self._moving.discard(key)
             self.queue.forget(key)
             return None
-        state = self._state(key)
-        observed = Observed(self._clock(), self._config, (await self._gather(key, raw, state),))
+        keys = {tier for tier, _ in members}
+        if keys & self._busy:
+            return _BUSY_SECONDS
+        self._busy |= keys
+        try:
+            return await self._reconcile(members)
+        finally:
+            self._busy -= keys
+
+    async def _reconcile(self, members: Sequence[tuple[Key, JsonObject]]) -> float:
+        group = group_of(members[0][1])
+        states = [self._state(key) for key, _ in members]
+        seen = [
+            await self._gather(key, raw, state) for (key, raw), state in zip(members, states, strict=True)
+        ]
+        observed = Observed(self._clock(), self._config, tuple(seen), self.store.pools.get(group))
         plan = reconcile.plan(observed)
-        state.remembered = plan.remember[0]
-        state.accounted_at = state.load_at
-        error = await self._execute(key, plan, state)
-        self._count(key, plan)
+        for state, remembered in zip(states, plan.remember, strict=True):
+            state.remembered = remembered
+            state.accounted_at = state.load_at
+        (self._moving.add if plan.moving else self._moving.discard)(group)
+        error = await self._execute(group, plan, states)
+        self._count(plan)
         if error is not None:
             raise error
         return plan.recheck_after
 
-    def _count(self, key: Key, plan: Plan) -> None:
-        for decision in (d for tier in plan.decided for d in tier.decisions):
-            difference = decision.desired - decision.current
-            self.metrics.decided(
-                *key,
-                decision.pool,
-                direction="up" if difference > 0 else "down" if difference < 0 else "hold",
-                binding=decision.binding.value,
-            )
+    def _count(self, plan: Plan) -> None:
+        for tier in plan.decided:
+            namespace, _, name = tier.key.partition("/")
+            for decision in tier.decisions:
+                difference = decision.desired - decision.current
+                self.metrics.decided(
+                    namespace,
+                    name,
+                    decision.pool,
+                    direction="up" if difference > 0 else "down" if difference < 0 else "hold",
+                    binding=decision.binding.value,
+                )
 
     def _gauges(self) -> Iterator[TierGauges]:
         for key, state in self._states.items():
@@ -287,11 +364,12 @@ class Controller:
             remembered=state.remembered,
             failures=state.failures,
             autoscalers=self.store.autoscalers(key[0]),
+            load_age=0.0 if state.load_at is None else max(0.0, self._clock() - state.load_at),
         )
 
-    async def _execute(self, key: Key, plan: Plan, state: _TierState) -> ApiError | None:
-        """Carry out the writes in order; one that fails does not stop the others of the tier."""
-        failures: list[str] = []
+    async def _execute(self, key: Key, plan: Plan, states: Sequence[_TierState]) -> ApiError | None:
+        """Carry out the writes in order; one that fails does not stop the others of the group."""
+        failures: list[list[str]] = [[] for _ in states]
         worst: ApiError | None = None
         for write in plan.writes:
             try:
@@ -300,7 +378,7 @@ class Controller:
                 ref = Ref.of(write.body)
                 if write.verb is Verb.CREATE and error.status == 409:
                     # The name is taken. The next pass reads whose object it is and says so.
-                    state.strangers.add(ref)
+                    states[write.member].strangers.add(ref)
                     self.queue.add_after(key, 0.0)
                     continue
                 if error.status in {404, 409, 422}:
@@ -310,9 +388,10 @@ class Controller:
                     self.queue.add_after(key, 0.2)
                     continue
                 if 400 <= error.status < 500 and error.status != 429:
-                    failures.append(f"{write.verb} {ref.kind} {ref.name}: {error.message}")
+                    failures[write.member].append(f"{write.verb} {ref.kind} {ref.name}: {error.message}")
                 worst = error
-        state.failures = tuple(failures)
+        for state, failed in zip(states, failures, strict=True):
+            state.failures = tuple(failed)
         for event in plan.events:
             await self._post(event)
         return worst
@@ -331,6 +410,10 @@ class Controller:
             case Verb.DELETE:
                 await self._cluster.delete(body)
                 self.store.forget(body)
+            case Verb.LABEL:
+                self.store.see(await self._cluster.relabel(body))
+            case Verb.STATUS if body["kind"] == TIER_POOL.kind:
+                self.store.see_pool(await self._cluster.apply_status(body))
             case Verb.STATUS:
                 self.store.see_tier(await self._cluster.apply_status(body))
 
@@ -341,6 +424,11 @@ class Controller:
                 self.store.forget_tier(body)
             else:
                 self.store.see_tier(current)
+        elif ref.kind == TIER_POOL.kind:
+            if current is None:
+                self.store.forget_pool(body)
+            else:
+                self.store.see_pool(current)
         elif current is not None:
             self.store.see(current)
         else:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -11,12 +11,26 @@ from servingtiers.api.spec import ServingTier
 from servingtiers.api.status import PoolMemory
 from servingtiers.core.decisions import PoolFacts
 from servingtiers.core.effective import PoolAsked, PoolSettings, pools_asked
+from servingtiers.core.sharing import SharedEngine
+from servingtiers.core.signals import Signal, Unknown, Value, Zero
 from servingtiers.core.state import JsonObject, Ref
 from servingtiers.core.telemetry import PodTarget, PoolTargets, TierTargets
 from servingtiers.core.times import from_time
 from servingtiers.render import engine, names, router
 
-__all__ = ["PoolView", "pool_facts", "startup_times", "telemetry_targets", "view_pool", "view_router"]
+__all__ = [
+    "PoolView",
+    "bound_for",
+    "holder",
+    "moved_at",
+    "pool_facts",
+    "serves",
+    "shared_engines",
+    "startup_times",
+    "telemetry_targets",
+    "view_pool",
+    "view_router",
+]
 
 _STARTS_KEPT = 16
 
@@ -63,10 +77,115 @@ def _view(
     return PoolView(deployment, tuple(mine))
 
 
+def holder(pod: JsonObject) -> str | None:
+    """Return the slug of the tier whose routers select an engine; None: it is between two tiers.
+
+    A pod whose label somebody else took away, to look at it in peace, is none of ours to move: it counts as at home.
+    """
+    meta = pod["metadata"]
+    label: str | None = meta.get("labels", {}).get(names.ROUTE_TIER_LABEL)
+    if label is None and moved_at(pod) is None:
+        return str(meta.get("labels", {}).get(names.TIER_LABEL))
+    return label
+
+
+def bound_for(pod: JsonObject) -> str | None:
+    """Return the slug of the tier that an engine without a holder is on its way to."""
+    found: str | None = pod["metadata"].get("annotations", {}).get(names.BOUND_ANNOTATION)
+    return found
+
+
+def moved_at(pod: JsonObject) -> float | None:
+    """Return when an engine's routing label was last changed, Unix time; None: never, or the time is no time."""
+    text = pod["metadata"].get("annotations", {}).get(names.MOVED_ANNOTATION)
+    try:
+        return None if text is None else from_time(text)
+    except ValueError:
+        return None
+
+
+def serves(tier: str, pod: JsonObject) -> bool:
+    """Return whether a ready engine serves a tier."""
+    return (
+        pod["metadata"].get("labels", {}).get(names.COMPONENT_LABEL) == names.ENGINE
+        and holder(pod) == names.slug(tier)
+        and _condition(pod, "Ready") == "True"
+        and not _leaving(pod)
+    )
+
+
+def shared_engines(
+    namespace: str,
+    home: str,
+    pods: Iterable[JsonObject],
+    tiers: Iterable[str],
+    in_flight: Mapping[str, tuple[Signal, float]],
+    *,
+    now: float,
+) -> tuple[SharedEngine, ...]:
+    """Return the engines of one tier as lending sees them.
+
+    Args:
+        namespace: Namespace of all members.
+        home: Name of the tier.
+        pods: Its pods.
+        tiers: Names of all members.
+        in_flight: Pod to what it has in flight and how long ago that was read.
+        now: Unix time, seconds.
+    """
+    key_of = {names.slug(tier): f"{namespace}/{tier}" for tier in tiers}
+
+    def key(slug: str | None) -> str | None:
+        return None if slug is None else key_of.get(slug, f"{namespace}/{slug}")
+
+    found = []
+    for pod in pods:
+        meta = pod["metadata"]
+        if meta.get("labels", {}).get(names.COMPONENT_LABEL) != names.ENGINE:
+            continue
+        moved = moved_at(pod)
+        signal, read = in_flight.get(meta["name"], (Unknown("not measured"), 0.0))
+        if isinstance(signal, Value | Zero):
+            signal = replace(signal, age=signal.age + read)
+        found.append(
+            SharedEngine(
+                uid=meta.get("uid", meta["name"]),
+                name=meta["name"],
+                home=f"{namespace}/{home}",
+                holder=key(holder(pod)),
+                bound_for=key(bound_for(pod)) if holder(pod) is None else None,
+                ready=_condition(pod, "Ready") == "True",
+                leaving=_leaving(pod),
+                in_flight=signal,
+                held_seconds=None if moved is None else max(0.0, now - moved),
+            )
+        )
+    return tuple(found)
+
+
 def pool_facts(
-    asked: PoolAsked, settings: PoolSettings, view: PoolView, memory: PoolMemory, *, now: float
+    asked: PoolAsked,
+    settings: PoolSettings,
+    view: PoolView,
+    memory: PoolMemory,
+    *,
+    now: float,
+    tier: str = "",
+    guests: Sequence[JsonObject] = (),
+    borrowed_share: float = 1.0,
 ) -> PoolFacts:
-    """Return what scaling needs to know of a pool."""
+    """Return what scaling needs to know of a pool.
+
+    Args:
+        asked: The pool as the user wrote it.
+        settings: Its settings.
+        view: Its Deployment and pods.
+        memory: What was remembered of it.
+        now: Unix time, seconds.
+        tier: Name of its tier.
+        guests: Engines of other tiers that serve it.
+        borrowed_share: What such a one carries of what one of its own does.
+    """
     deployment = view.deployment or {}
     # A pool that may sleep starts awake: the first thing a user does is to try it.
     live = deployment.get("spec", {}).get("replicas", max(1, asked.spec.scaling.min_replicas))
@@ -74,7 +193,10 @@ def pool_facts(
     unschedulable = len(view.unschedulable_pods)
     terminating = sum(1 for pod in view.pods if _leaving(pod))
     waiting = len(view.pods) - len(ready) - terminating - unschedulable
-    since = [moment for pod in ready if (moment := _since(pod, "Ready")) is not None]
+    lent = sum(1 for pod in ready if tier and holder(pod) != names.slug(tier))
+    own = [pod for pod in ready if not tier or holder(pod) == names.slug(tier)]
+    came = [*(_since(pod, "Ready") for pod in own), *(moved_at(pod) for pod in (*own, *guests))]
+    since = [moment for moment in came if moment is not None]
     starts = startup_times(view) or memory.startup_seconds
     return PoolFacts(
         name=asked.name,
@@ -89,6 +211,9 @@ def pool_facts(
         max_num_seqs=settings.max_num_seqs,
         startup_seconds=median(starts) if starts else None,
         settled_seconds=max(0.0, now - max(since)) if since else None,
+        lent=lent,
+        borrowed=len(guests),
+        borrowed_share=borrowed_share,
     )
 
 
@@ -108,22 +233,46 @@ def startup_times(view: PoolView) -> list[int]:
 
 
 def telemetry_targets(
-    tier: ServingTier, objects: Sequence[JsonObject], pods: Sequence[JsonObject]
+    tier: ServingTier,
+    objects: Sequence[JsonObject],
+    pods: Sequence[JsonObject],
+    guests: Sequence[JsonObject] = (),
 ) -> TierTargets:
-    """Return whom to ask about a tier's load."""
+    """Return whom to ask about a tier's load: the engines that serve it, whoever owns them.
+
+    Args:
+        tier: The tier.
+        objects: Its objects.
+        pods: Its pods.
+        guests: Engines of other tiers that serve it.
+    """
+    slug = names.slug(tier.metadata.name)
     pools = []
+    unheld: list[JsonObject] = []
     for asked in pools_asked(tier.spec):
         view = view_pool(tier, asked.name, objects, pods)
         desired = (view.deployment or {}).get("spec", {}).get("replicas", 0)
-        pools.append(PoolTargets(asked.name, asked.role, desired, _targets(view, engine.PORT)))
-    routers = _targets(view_router(tier, objects, pods), router.METRICS_PORT)
-    return TierTargets(tier.metadata.namespace, tier.metadata.name, tuple(pools), routers)
+        away = [pod for pod in view.ready_pods if holder(pod) != slug]
+        unheld += [pod for pod in away if holder(pod) is None]
+        serving = [*(pod for pod in view.ready_pods if holder(pod) == slug), *guests]
+        wanted = max(0, desired - len(away)) + len(guests)
+        pools.append(PoolTargets(asked.name, asked.role, wanted, _targets(serving, engine.PORT)))
+    routers = _targets(view_router(tier, objects, pods).ready_pods, router.METRICS_PORT)
+    return TierTargets(
+        tier.metadata.namespace,
+        tier.metadata.name,
+        tuple(pools),
+        routers,
+        _targets(unheld, engine.PORT),
+    )
 
 
-def _targets(view: PoolView, port: int) -> tuple[PodTarget, ...]:
+def _targets(pods: Iterable[JsonObject], port: int) -> tuple[PodTarget, ...]:
     return tuple(
-        PodTarget(pod["metadata"]["name"], ip, port, ready_since=_since(pod, "Ready"))
-        for pod in view.ready_pods
+        PodTarget(
+            pod["metadata"]["name"], ip, port, ready_since=_since(pod, "Ready"), held_since=moved_at(pod)
+        )
+        for pod in pods
         if (ip := pod.get("status", {}).get("podIP"))
     )
 

@@ -23,7 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 
 from servingtiers import __version__
-from servingtiers.adapters.cluster import AUTOSCALER, TIER, Cluster
+from servingtiers.adapters.cluster import AUTOSCALER, TIER, TIER_POOL, Cluster
 from servingtiers.adapters.leadership import Leadership, LeaseTimes
 from servingtiers.adapters.prometheus import PrometheusSource
 from servingtiers.adapters.scrape import ScrapeSource
@@ -181,6 +181,10 @@ async def _watch(options: Options, controller: Controller, stop: asyncio.Event) 
     @kopf.on.event(TIER.api_version.split("/")[0], "v1alpha1", TIER.plural, registry=registry)
     async def tier(event: kopf.RawEvent, **_: Any) -> None:
         controller.tier_seen(_plain(event), gone=event["type"] == "DELETED")
+
+    @kopf.on.event(TIER_POOL.api_version.split("/")[0], "v1alpha1", TIER_POOL.plural, registry=registry)
+    async def tier_pool(event: kopf.RawEvent, **_: Any) -> None:
+        controller.pool_seen(_plain(event), gone=event["type"] == "DELETED")
 
     async def child(event: kopf.RawEvent, **_: Any) -> None:
         controller.object_seen(_plain(event), gone=event["type"] == "DELETED")

@@ -1,10 +1,10 @@
 """``plan(observed) -> plan``: everything the operator decides, in one pure function. Read this first.
 
-For every tier of a reconcile key:
+For every tier of a reconcile key, which is one tier, or all tiers that name one TierPool:
 
 1. read it, and find what is wrong with it (nothing serving is touched while something is);
 2. take the settings its engines were planned with, or choose them;
-3. decide the replicas of all pools together;
+3. decide the replicas of all pools together, and which engines tiers lend each other before any are started;
 4. write down the objects that should exist, compare them with those that do, and name the differences;
 5. account for the objectives, and say all of it in the status.
 
@@ -14,25 +14,45 @@ carried out is followed by an empty one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from pydantic import ValidationError
 
 from servingtiers import __version__
+from servingtiers.api.pool import TierPool
 from servingtiers.api.spec import OnShortage, ScalingMode, ServingTier
 from servingtiers.api.status import DecisionRecord, PoolMemory, ServingTierStatus
 from servingtiers.core import pin
 from servingtiers.core.config import OperatorConfig
-from servingtiers.core.decisions import Decision, PoolFacts, Targets, TierDecision, TierObservation, acts
+from servingtiers.core.decisions import (
+    Binding,
+    Decision,
+    PoolFacts,
+    Targets,
+    TierDecision,
+    TierObservation,
+    acts,
+)
 from servingtiers.core.diff import Changes, changes, content_hash, owned_by
 from servingtiers.core.effective import PoolAsked, PoolSettings, TierSettings, pools_asked
 from servingtiers.core.findings import Problem
 from servingtiers.core.pin import Pin
+from servingtiers.core.sharing import Group, Relabel, SharedEngine
 from servingtiers.core.state import Event, JsonObject, Member, Observed, Plan, Ref, Verb, Write
-from servingtiers.facts import PoolView, pool_facts, startup_times, view_pool, view_router
-from servingtiers.policy import capacity, presets, problems, rollout, scaling
+from servingtiers.core.times import to_time
+from servingtiers.facts import (
+    PoolView,
+    pool_facts,
+    serves,
+    shared_engines,
+    startup_times,
+    view_pool,
+    view_router,
+)
+from servingtiers.policy import capacity, lending, membership, presets, problems, rollout, scaling
+from servingtiers.pool_report import MemberReport, pool_status
 from servingtiers.render import ROUTER_POOL, engine, names, router, tier_objects
 from servingtiers.report import (
     PoolReport,
@@ -52,6 +72,8 @@ DECISION_ANNOTATION: Final = "servingtiers.io/decision"
 """On a pool's Deployment: the latest decision that was carried out, as JSON."""
 _RECHECK_SECONDS: Final = 300.0
 _RECHECK_SOON: Final = 30.0
+_RECHECK_MOVING: Final = 2.0
+_AWAY_COST: Final = "100"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +109,8 @@ class _Accepted:
     targets: Targets
     judged: capacity.Judgement
     observation: TierObservation
+    guests: tuple[JsonObject, ...]
+    """Engines of other tiers that serve it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +126,22 @@ class _Refused:
 
 def plan(observed: Observed) -> Plan:
     """Return what to do about an observation."""
-    looks = [_look(member, observed) for member in observed.members]
-    decided = scaling.decide(
-        tuple(look.observation for look in looks if isinstance(look, _Accepted)), observed.now
+    pool = _tier_pool(observed)
+    looks = _together([_look(member, observed) for member in observed.members], pool)
+    accepted = [look for look in looks if isinstance(look, _Accepted)]
+    group = Group(
+        tuple(_as_member(look) for look in accepted),
+        tuple(engine for look in accepted for engine in _engines(look, accepted, observed)),
+        pool.spec.max_accelerators if pool is not None else None,
     )
-    by_key = {decision.key: decision for decision in decided}
-    writes: list[Write] = []
+    outcome = lending.decide(group, scaling.decide(group.tiers, observed.now), observed.now)
+    by_key = {decision.key: decision for decision in outcome.tiers}
+    # Engines move before engines start.
+    writes = _relabels(outcome.relabels, looks, observed)
     events: list[Event] = []
     remember: list[object | None] = []
     recheck = _RECHECK_SECONDS
-    for look in looks:
+    for index, look in enumerate(looks):
         match look:
             case None:
                 remember.append(None)
@@ -120,12 +150,13 @@ def plan(observed: Observed) -> Plan:
                 after = refused(look.tier, look.generation, look.problems, look.before, observed.now)
             case _Accepted():
                 decision = by_key[look.observation.key]
-                history = _history(look, decision, observed.now)
+                moved = _moves(look.observation.key, outcome.relabels, group.engines, observed.now)
+                history = _history(look, decision, moved, observed.now)
                 differences, replicas = _differences(look, decision, history, observed.config)
                 if differences.foreign or differences.waiting:
                     recheck = min(recheck, _RECHECK_SOON)
                 if not look.tier.spec.suspend:
-                    writes += differences.writes
+                    writes += [replace(write, member=index) for write in differences.writes]
                 after = report(
                     _seen(look, decision, history, differences, replicas),
                     look.before,
@@ -134,9 +165,213 @@ def plan(observed: Observed) -> Plan:
                 )
         events += report_events(look.member.raw, look.before.status, after.status)
         after, status_write = _status_write(look.member.raw, after, observed.now)
-        writes += status_write
+        writes += [replace(write, member=index) for write in status_write]
         remember.append(after)
-    return Plan(tuple(writes), tuple(events), recheck, tuple(remember), decided)
+    writes += _pool_status_write(observed, pool, looks, group, by_key)
+    moving = any(
+        engine.holder is None and engine.ready and not engine.leaving for engine in group.engines
+    ) or any(relabel.holder is None for relabel in outcome.relabels)
+    if moving:
+        recheck = min(recheck, _RECHECK_MOVING)
+    return Plan(tuple(writes), tuple(events), recheck, tuple(remember), outcome.tiers, moving)
+
+
+# -- together --------------------------------------------------------------------------------------------------
+
+
+def _tier_pool(observed: Observed) -> TierPool | None:
+    """Return the members' TierPool; None where there is none, or none that can be read."""
+    if observed.pool is None or "deletionTimestamp" in observed.pool["metadata"]:
+        return None
+    try:
+        return TierPool.model_validate(observed.pool)
+    except ValidationError:
+        return None
+
+
+def _together(
+    looks: Sequence[_Accepted | _Refused | None], pool: TierPool | None
+) -> list[_Accepted | _Refused | None]:
+    """Return the looks with what only the group can tell: who takes part, and what a borrowed engine carries."""
+    sharing = [
+        look for look in looks if isinstance(look, _Accepted) and look.tier.spec.shared_pool is not None
+    ]
+    apart = membership.judge(pool, [look.tier for look in sharing])
+    found: list[_Accepted | _Refused | None] = []
+    for look in looks:
+        if not isinstance(look, _Accepted) or look.tier.spec.shared_pool is None:
+            found.append(look)
+        elif (problem := apart.get(look.tier.metadata.name)) is not None:
+            found.append(replace(look, notes=(*look.notes, problem)))
+        else:
+            lenders = [
+                other
+                for other in sharing
+                if other.tier.metadata.name not in apart and other is not look and _below(other, look)
+            ]
+            found.append(_with_share(look, lenders))
+    return found
+
+
+def _below(lender: _Accepted, borrower: _Accepted) -> bool:
+    ours, theirs = borrower.tier.spec.shared_pool, lender.tier.spec.shared_pool
+    return ours is not None and theirs is not None and theirs.priority < ours.priority
+
+
+def _with_share(look: _Accepted, lenders: Sequence[_Accepted]) -> _Accepted:
+    """Return a member that knows what the engines of its lenders carry at its own objectives.
+
+    Their batch and step budget are their home's; the least of them counts.
+    """
+    (pool,) = look.observation.pools
+    own = pool.rps_per_replica
+    if not own:
+        return look
+    ours = look.settings.pools[0]
+    share = 1.0
+    for budget in {_budget(other.settings.pools[0]) for other in lenders} - {_budget(ours)}:
+        seqs, tokens, memory = budget
+        theirs = replace(
+            ours, max_num_seqs=seqs, max_num_batched_tokens=tokens, gpu_memory_utilization=memory
+        )
+        judged = capacity.judge(
+            look.tier.spec, replace(look.settings, pools=(theirs,)), look.targets, look.member.load
+        )
+        share = min(share, judged.requests_per_second.get(pool.name, 0.0) / own)
+    observation = replace(look.observation, pools=(replace(pool, borrowed_share=share),))
+    return replace(look, observation=observation)
+
+
+def _budget(settings: PoolSettings) -> tuple[int, int | None, float | None]:
+    return settings.max_num_seqs, settings.max_num_batched_tokens, settings.gpu_memory_utilization
+
+
+def _apart(look: _Accepted) -> bool:
+    """Whether a tier that names a TierPool takes no part in it."""
+    return any(problem.field == "spec.sharedPool" for problem in look.notes)
+
+
+def _as_member(look: _Accepted) -> TierObservation:
+    """Return a tier as lending sees it: one that takes no part shares nothing."""
+    if not _apart(look):
+        return look.observation
+    spec = look.observation.spec.model_copy(update={"shared_pool": None})
+    return replace(look.observation, spec=spec)
+
+
+def _engines(look: _Accepted, accepted: Sequence[_Accepted], observed: Observed) -> tuple[SharedEngine, ...]:
+    flights = {
+        pod: (signal, member.load_age)
+        for member in observed.members
+        for pod, signal in member.load.in_flight.items()
+    }
+    return shared_engines(
+        look.tier.metadata.namespace,
+        look.tier.metadata.name,
+        look.member.pods,
+        [other.tier.metadata.name for other in accepted],
+        flights,
+        now=observed.now,
+    )
+
+
+def _relabels(
+    relabels: Sequence[Relabel], looks: Sequence[_Accepted | _Refused | None], observed: Observed
+) -> list[Write]:
+    """Return the patches of the pods that change their holder."""
+    pods = {
+        pod["metadata"].get("uid", pod["metadata"]["name"]): (index, pod)
+        for index, look in enumerate(looks)
+        if look is not None
+        for pod in look.member.pods
+    }
+    return [_relabel(*pods[relabel.uid], relabel, observed.now) for relabel in relabels]
+
+
+def _relabel(index: int, pod: JsonObject, relabel: Relabel, now: float) -> Write:
+    meta = pod["metadata"]
+
+    def slug(key: str | None) -> str | None:
+        return None if key is None else names.slug(key.rpartition("/")[2])
+
+    at_home = slug(relabel.holder) == meta["labels"][names.TIER_LABEL]
+    body = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": meta["name"],
+            "namespace": meta["namespace"],
+            "uid": meta["uid"],
+            "resourceVersion": meta["resourceVersion"],
+            "labels": {names.ROUTE_TIER_LABEL: slug(relabel.holder)},
+            "annotations": {
+                names.MOVED_ANNOTATION: to_time(now),
+                names.BOUND_ANNOTATION: slug(relabel.bound_for),
+                names.DELETION_COST_ANNOTATION: None if at_home else _AWAY_COST,
+            },
+        },
+    }
+    return Write(Verb.LABEL, body, relabel.reason, index)
+
+
+def _moves(
+    key: str, relabels: Sequence[Relabel], engines: Sequence[SharedEngine], now: float
+) -> tuple[DecisionRecord, ...]:
+    """Return the records of engines that come to a tier or leave it."""
+    by_uid = {engine.uid: engine for engine in engines}
+    serving = sum(engine.holder == key and engine.ready and not engine.leaving for engine in engines)
+    found = []
+    for relabel in relabels:
+        engine = by_uid[relabel.uid]
+        change = (relabel.holder == key) - (engine.holder == key)
+        if not change:
+            continue
+        found.append(
+            DecisionRecord(
+                time=to_time(now),
+                pool="pool",
+                from_replicas=serving,
+                to_replicas=serving + change,
+                engine=engine.name[:256],
+                reason=relabel.reason[:1024],
+                binding=(Binding.LENT if engine.home == key else Binding.BORROWED).value,
+            )
+        )
+        serving += change
+    return tuple(found)
+
+
+def _pool_status_write(
+    observed: Observed,
+    pool: TierPool | None,
+    looks: Sequence[_Accepted | _Refused | None],
+    group: Group,
+    decided: Mapping[str, TierDecision],
+) -> list[Write]:
+    """Return the write of the TierPool's status where it says something new."""
+    raw = observed.pool
+    if raw is None or pool is None:
+        return []
+    members = []
+    for look in looks:
+        if isinstance(look, _Accepted):
+            size = look.settings.pools[0].tensor_parallel
+            desired = sum(decision.desired for decision in decided[look.observation.key].decisions)
+            notes = [problem.message for problem in look.notes if problem.field == "spec.sharedPool"]
+            members.append(MemberReport(look.tier, size * desired, notes[0] if notes else None))
+        elif isinstance(look, _Refused) and look.tier is not None:
+            members.append(MemberReport(look.tier, 0, "its spec is not accepted: see its condition Accepted"))
+    status = pool_status(pool, tuple(members), group.engines, now=observed.now)
+    if pool.status == status:
+        return []
+    ref = Ref.of(raw)
+    body = {
+        "apiVersion": ref.api_version,
+        "kind": ref.kind,
+        "metadata": {"name": ref.name, "namespace": ref.namespace, "uid": raw["metadata"]["uid"]},
+        "status": status.model_dump(mode="json", by_alias=True, exclude_none=True),
+    }
+    return [Write(Verb.STATUS, body, "what is reported of the pool has changed")]
 
 
 # -- looking ---------------------------------------------------------------------------------------------------
@@ -177,6 +412,13 @@ def _accept(
     observed: Observed,
 ) -> _Accepted:
     config = observed.config
+    guests = tuple(
+        pod
+        for other in observed.members
+        if other is not member
+        for pod in other.pods
+        if serves(tier.metadata.name, pod)
+    )
     # Somebody else's Deployment of the same name says nothing about our pools.
     own = [obj for obj in member.objects if owned_by(obj, tier.metadata.uid)]
     views = {asked.name: view_pool(tier, asked.name, own, member.pods) for asked in pools_asked(tier.spec)}
@@ -197,6 +439,7 @@ def _accept(
             views[asked.name],
             memory[asked.name],
             observed,
+            guests,
         )
         for asked, chosen in zip(pools_asked(tier.spec), fresh.pools, strict=True)
     )
@@ -228,6 +471,7 @@ def _accept(
             memory=memory,
             watching_since=member.watching_since,
         ),
+        guests=guests,
     )
 
 
@@ -274,6 +518,7 @@ def _pool(
     view: PoolView,
     memory: PoolMemory,
     observed: Observed,
+    guests: Sequence[JsonObject],
 ) -> _Pool:
     hashed = pin.spec_hash(tier, asked.role)
     template = engine.pod_template(tier, fresh, chosen, observed.config)
@@ -289,7 +534,9 @@ def _pool(
         outdated=outdated,
         spec_hash=hashed,
         view=view,
-        facts=pool_facts(asked, settings, view, memory, now=observed.now),
+        facts=pool_facts(
+            asked, settings, view, memory, now=observed.now, tier=tier.metadata.name, guests=guests
+        ),
     )
 
 
@@ -339,7 +586,9 @@ def _router(
 # -- objects ---------------------------------------------------------------------------------------------------
 
 
-def _history(look: _Accepted, decision: TierDecision, now: float) -> tuple[DecisionRecord, ...]:
+def _history(
+    look: _Accepted, decision: TierDecision, moved: Sequence[DecisionRecord], now: float
+) -> tuple[DecisionRecord, ...]:
     recorded = [
         record
         for pool in look.pools
@@ -352,6 +601,7 @@ def _history(look: _Accepted, decision: TierDecision, now: float) -> tuple[Decis
         existing=frozenset(pool.asked.name for pool in look.pools if pool.view.deployment is not None),
         acting=acts(look.tier.spec.scaling.mode, suspended=look.tier.spec.suspend) and not _rivals(look),
         now=now,
+        moved=moved,
     )
 
 
@@ -427,7 +677,7 @@ def _written_by(view: PoolView, template: JsonObject) -> str:
 def _said(pool: _Pool, history: tuple[DecisionRecord, ...]) -> str | None:
     """Return the decision to write on a pool's Deployment, together with the replicas it set."""
     for record in history:
-        if record.pool == pool.asked.name and record.acted:
+        if record.pool == pool.asked.name and record.acted and record.engine is None:
             return record.model_dump_json(by_alias=True)
     old: str | None = (
         (pool.view.deployment or {}).get("metadata", {}).get("annotations", {}).get(DECISION_ANNOTATION)
@@ -499,6 +749,8 @@ def _seen(
                 replicas=pool.facts.replicas if (sent := replicas[pool.asked.name]) is None else sent,
                 decision=decided[pool.asked.name],
                 outdated=pool.outdated,
+                lent=pool.facts.lent,
+                borrowed=pool.facts.borrowed,
             )
             for pool in look.pools
         ),

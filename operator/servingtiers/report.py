@@ -75,6 +75,10 @@ class PoolReport:
     """Replicas wanted now."""
     decision: Decision
     outdated: str | None
+    lent: int = 0
+    """Ready replicas that do not serve the tier."""
+    borrowed: int = 0
+    """Engines of other tiers that do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +177,7 @@ def report(seen: TierReport, before: Remembered, config: OperatorConfig, now: fl
         conditions=list(found),
         endpoint=f"http://{names.service(seen.tier.metadata.name)}.{seen.tier.metadata.namespace}"
         f".svc.{config.cluster_domain}",
-        replicas=f"{ready}/{wanted}",
+        replicas=f"{ready}/{wanted}{_moved(seen)}",
         effective=_effective(seen),
         plan=seen.plan,
         pools=[_pool_status(pool, seen) for pool in seen.pools],
@@ -183,6 +187,13 @@ def report(seen: TierReport, before: Remembered, config: OperatorConfig, now: fl
         decisions=list(seen.decisions),
     )
     return replace(before, status=status, tallies=tallies, incomplete_since=since)
+
+
+def _moved(seen: TierReport) -> str:
+    """Return what is borrowed and lent beside a tier's own engines, such as `` +2``; empty for most tiers."""
+    borrowed = sum(pool.borrowed for pool in seen.pools)
+    lent = sum(pool.lent for pool in seen.pools)
+    return (f" +{borrowed}" if borrowed else "") + (f" -{lent}" if lent else "")
 
 
 # -- objectives ------------------------------------------------------------------------------------------------
@@ -289,6 +300,8 @@ def _pool_status(pool: PoolReport, seen: TierReport) -> PoolStatus:
         replicas=(pool.view.deployment or {}).get("status", {}).get("replicas", 0),
         ready=len(pool.view.ready_pods),
         desired=pool.replicas,
+        lent=pool.lent if spec.shared_pool is not None or pool.lent else None,
+        borrowed=pool.borrowed if spec.shared_pool is not None or pool.borrowed else None,
         recommended=None if acting else pool.decision.desired,
         scale_target_ref=ScaleTargetRef(
             api_version="apps/v1",
@@ -371,7 +384,8 @@ def _cost(seen: TierReport, config: OperatorConfig) -> CostStatus:
         load = seen.load.pools.get(pool.name)
         pools.append(
             cost.PoolCost(
-                replicas=pool.replicas,
+                # Whoever has an engine pays for it; one that serves nobody is its home's.
+                replicas=max(0, pool.replicas - pool.lent + pool.borrowed),
                 tensor_parallel=pool.settings.tensor_parallel,
                 price_per_hour=price,
                 price_source=source,
@@ -394,6 +408,7 @@ def decision_history(
     existing: frozenset[str],
     acting: bool,
     now: float,
+    moved: Sequence[DecisionRecord] = (),
 ) -> tuple[DecisionRecord, ...]:
     """Return all decisions to be told, newest first.
 
@@ -405,30 +420,34 @@ def decision_history(
         existing: Pools that have a Deployment: the first replicas of a pool are no decision.
         acting: Whether decisions are carried out.
         now: Unix time, seconds.
+        moved: Engines that come from other tiers or go to them.
     """
     known = {_identity(record) for record in before}
     lost = [record for record in recorded if _identity(record) not in known]
     told = sorted([*lost, *before], key=lambda record: record.time, reverse=True)
     new = [
-        DecisionRecord(
-            time=to_time(now),
-            pool=decision.pool,
-            from_replicas=decision.current,
-            to_replicas=decision.desired,
-            reason=decision.reason[:1024],
-            binding=decision.binding.value,
-            would_change=decision.would_change[:1024],
-            acted=acting,
-        )
-        for decision in decided.decisions
-        if decision.desired != decision.current and decision.pool in existing
+        *moved,
+        *(
+            DecisionRecord(
+                time=to_time(now),
+                pool=decision.pool,
+                from_replicas=decision.current,
+                to_replicas=decision.desired,
+                reason=decision.reason[:1024],
+                binding=decision.binding.value,
+                would_change=decision.would_change[:1024],
+                acted=acting,
+            )
+            for decision in decided.decisions
+            if decision.desired != decision.current and decision.pool in existing
+        ),
     ]
     fresh = [record for record in new if not _said_before(record, told, now)]
     return tuple([*fresh, *told][:_DECISIONS_KEPT])
 
 
-def _identity(record: DecisionRecord) -> tuple[str, str, int, bool]:
-    return record.time, record.pool, record.to_replicas, record.acted
+def _identity(record: DecisionRecord) -> tuple[str, str, int, bool, str | None]:
+    return record.time, record.pool, record.to_replicas, record.acted, record.engine
 
 
 def _said_before(record: DecisionRecord, before: Sequence[DecisionRecord], now: float) -> bool:
@@ -437,7 +456,7 @@ def _said_before(record: DecisionRecord, before: Sequence[DecisionRecord], now: 
     One that is carried out may be decided again until the write has come back; one that is only recommended stands
     until it changes.
     """
-    newest = next((old for old in before if old.pool == record.pool), None)
+    newest = next((old for old in before if (old.pool, old.engine) == (record.pool, record.engine)), None)
     if newest is None or newest.acted != record.acted:
         return False
     same = (newest.from_replicas, newest.to_replicas) == (record.from_replicas, record.to_replicas)
@@ -476,7 +495,17 @@ def _outcomes(status: ServingTierStatus) -> list[tuple[str, str, str, int]]:
 
 def _counts(status: ServingTierStatus) -> list[tuple[Any, ...]]:
     return [
-        (p.name, p.role, p.replicas, p.ready, p.desired, p.recommended, p.scale_target_ref)
+        (
+            p.name,
+            p.role,
+            p.replicas,
+            p.ready,
+            p.desired,
+            p.lent,
+            p.borrowed,
+            p.recommended,
+            p.scale_target_ref,
+        )
         for p in status.pools
     ]
 
@@ -499,19 +528,20 @@ _NOTES = frozenset({"PlanOutdated"})
 _TOLD = _ABNORMAL | {"Accepted", "Feasible", "Ready"}
 
 
+def _told(tier: JsonObject, record: DecisionRecord) -> Event:
+    """Return the event of a decision."""
+    change = f"{record.from_replicas} → {record.to_replicas}"
+    if record.engine is None:
+        reason = "Scaled" if record.acted else "ScalingRecommended"
+        return Event(tier, "Normal", reason, f"{record.pool}: {change} replicas: {record.reason}")
+    reason = "EngineArrived" if record.to_replicas > record.from_replicas else "EngineLeft"
+    return Event(tier, "Normal", reason, f"{record.engine}: {change} engines serve: {record.reason}")
+
+
 def events(tier: JsonObject, before: ServingTierStatus, after: ServingTierStatus) -> list[Event]:
     """Return what is worth an event: decisions and changes of a condition's status, never a tick."""
     told = {_identity(record) for record in before.decisions}
-    found = [
-        Event(
-            tier,
-            "Normal",
-            "Scaled" if record.acted else "ScalingRecommended",
-            f"{record.pool}: {record.from_replicas} → {record.to_replicas} replicas: {record.reason}",
-        )
-        for record in reversed(after.decisions)
-        if _identity(record) not in told
-    ]
+    found = [_told(tier, record) for record in reversed(after.decisions) if _identity(record) not in told]
     old = {c.type: c.status for c in before.conditions}
     for condition in after.conditions:
         if condition.type not in _TOLD or old.get(condition.type) == condition.status:

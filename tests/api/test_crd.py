@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from servingtiers.api import ServingTier, ServingTierSpec, ServingTierStatus
 from servingtiers.api.base import Model, key_rule
-from servingtiers.api.crd import crd_document, structural_schema
+from servingtiers.api.crd import crd_document, crd_documents, structural_schema
 
 RULES = yaml.safe_load((Path(__file__).parent / "data" / "rules.yaml").read_text(encoding="utf-8"))
 WIRE: Any = {"by_alias": True, "by_name": False}
@@ -32,7 +32,15 @@ def nodes(node: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mapping[str
             yield from nodes(node[key], f"{path}[*]")
 
 
-NODES = [*nodes(SPEC, "spec"), *nodes(STATUS, "status")]
+NODES = [
+    node
+    for document in crd_documents()
+    for part in ("spec", "status")
+    for node in nodes(
+        document["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"][part],
+        part if document["spec"]["names"]["kind"] == "ServingTier" else f"{part} of TierPool",
+    )
+]
 
 
 def with_defaults(value: Any, schema: Mapping[str, Any]) -> Any:
@@ -109,7 +117,8 @@ def test_keys_of_keyed_lists_are_required_or_have_a_default() -> None:
 
 def test_the_document_is_a_valid_custom_resource_definition() -> None:
     """Against the schema of Kubernetes itself."""
-    kubernetes_validate.validate(crd_document(), "1.37", strict=True)
+    for document in crd_documents():
+        kubernetes_validate.validate(document, "1.37", strict=True)
 
 
 def test_the_document_fits_into_the_annotation_of_a_client_side_apply() -> None:

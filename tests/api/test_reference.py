@@ -2,7 +2,7 @@
 
 import re
 
-from servingtiers.api.crd import crd_document
+from servingtiers.api.crd import crd_documents
 from servingtiers.api.reference import reference_page
 
 PAGE = reference_page()
@@ -19,9 +19,10 @@ def test_every_field_of_the_crd_has_a_row() -> None:
         if "items" in node:
             collect(node["items"])
 
-    root = crd_document()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
-    collect(root["spec"])
-    collect(root["status"])
+    for document in crd_documents():
+        root = document["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+        collect(root["spec"])
+        collect(root["status"])
     rows = set(re.findall(r"^\| \**`(\w+)`\** \|", PAGE, re.MULTILINE))
 
     assert rows == found
@@ -39,7 +40,7 @@ def test_every_rule_is_on_the_page() -> None:
             for child in node:
                 collect(child)
 
-    collect(crd_document())
+    collect(list(crd_documents()))
 
     assert found
     assert [message for message in found if message not in PAGE] == []

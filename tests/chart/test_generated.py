@@ -86,13 +86,12 @@ def test_the_schema_takes_every_field_of_the_operators_configuration(generate):
 
 def test_the_charts_crd_is_the_generated_one(generate):
     """Helm's template around the very same document."""
-    from chart.rendering import only, render
+    from chart.rendering import of_kind, render
 
-    crd = only(render(), "CustomResourceDefinition")
-    source = yaml.safe_load((ROOT / "crds/servingtiers.servingtiers.io.yaml").read_text())
+    rendered = {crd["metadata"]["name"]: crd["spec"] for crd in of_kind(render(), "CustomResourceDefinition")}
+    sources = [yaml.safe_load(path.read_text()) for path in (ROOT / "crds").glob("*.yaml")]
 
-    assert crd["spec"] == source["spec"]
-    assert crd["metadata"]["name"] == source["metadata"]["name"]
+    assert rendered == {source["metadata"]["name"]: source["spec"] for source in sources}
 
 
 def test_a_crd_that_helm_would_misread_is_refused(generate):

@@ -139,10 +139,9 @@ def test_the_crd_can_be_left_out_and_is_kept_on_uninstall_by_default():
     keep = {"helm.sh/resource-policy": "keep"}
 
     assert not of_kind(render({"crds": {"enabled": False}}), "CustomResourceDefinition")
-    assert only(render(), "CustomResourceDefinition")["metadata"]["annotations"] == keep
-    assert (
-        "annotations" not in only(render({"crds": {"keep": False}}), "CustomResourceDefinition")["metadata"]
-    )
+    assert [o["metadata"]["annotations"] for o in of_kind(render(), "CustomResourceDefinition")] == [keep] * 2
+    for crd in of_kind(render({"crds": {"keep": False}}), "CustomResourceDefinition"):
+        assert "annotations" not in crd["metadata"]
 
 
 def test_two_releases_of_one_cluster_share_no_name():

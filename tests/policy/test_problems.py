@@ -140,12 +140,15 @@ def test_what_the_api_takes_and_this_version_does_not_do_is_said():
         "spec": {
             "tier": "Latency",
             "model": {"name": "meta-llama/Llama-3.1-8B-Instruct"},
-            "pool": {"hardware": {"accelerators": ["h100-sxm-80gb"]}},
-            "sharedPool": {"name": "llama"},
+            "disaggregation": {
+                "prefill": {"hardware": {"accelerators": ["h100-sxm-80gb"]}},
+                "decode": {"hardware": {"accelerators": ["h100-sxm-80gb"]}},
+                "elasticRoles": True,
+            },
         },
     }
     config = OperatorConfig.model_validate({"accelerators": {"h100-sxm-80gb": {}}})
 
     (found,) = find(ServingTier.model_validate(raw), config)
 
-    assert (found.field, found.blocking) == ("spec.sharedPool", False)
+    assert (found.field, found.blocking) == ("spec.disaggregation.elasticRoles", False)

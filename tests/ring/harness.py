@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from servingtiers.adapters.cluster import Cluster
-from servingtiers.api.crd import crd_document
+from servingtiers.api.crd import crd_documents
 from servingtiers.controller import Controller
 from servingtiers.core.config import OperatorConfig
 from servingtiers.core.signals import TierLoad
@@ -66,22 +66,26 @@ def tier(name: str = "chat", **spec: Any) -> dict[str, Any]:
 
 
 def install_crd(plane: ControlPlane) -> None:
-    """Apply the CRD and return when it is served."""
-    crd = crd_document()
-    path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd['metadata']['name']}"
+    """Apply the CRDs and return when they are served."""
     connection = plane.connection()
-    connection.request(
-        "PATCH",
-        f"{path}?fieldManager=servingtiers-tests&force=true",
-        crd,
-        content_type="application/apply-patch+yaml",
-    )
+    for crd in crd_documents():
+        path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd['metadata']['name']}"
+        connection.request(
+            "PATCH",
+            f"{path}?fieldManager=servingtiers-tests&force=true",
+            crd,
+            content_type="application/apply-patch+yaml",
+        )
+        _until_served(connection, path, crd["spec"]["names"]["plural"])
+
+
+def _until_served(connection: Connection, path: str, plural: str) -> None:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         conditions = connection.request("GET", path)["status"].get("conditions") or []  # null at first
         if any(one["type"] == "Established" and one["status"] == "True" for one in conditions):
             try:
-                connection.request("GET", "/apis/servingtiers.io/v1alpha1/servingtiers?limit=1")
+                connection.request("GET", f"/apis/servingtiers.io/v1alpha1/{plural}?limit=1")
             except ApiError:
                 pass  # established a moment ago, not served yet
             else:

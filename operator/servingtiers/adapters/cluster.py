@@ -1,4 +1,4 @@
-"""The Kubernetes API as the operator uses it: read, create, apply, delete; nothing else.
+"""The Kubernetes API as the operator uses it: read, create, apply, relabel, delete; nothing else.
 
 Writes go out one way each. A new object is a POST, so that somebody else's object of the same name is a 409 and is
 never adopted. Later changes are server-side applies with one field manager and the object's uid, so that an object
@@ -20,7 +20,7 @@ import aiohttp
 from kubernetes.aio import client as kubernetes_client
 from kubernetes.aio import config as kubernetes_config
 
-from servingtiers.api import API_VERSION, KIND, PLURAL
+from servingtiers.api import API_VERSION, KIND, PLURAL, POOL_KIND, POOL_PLURAL
 from servingtiers.core.state import JsonObject, Ref
 
 __all__ = ["FIELD_MANAGER", "ApiError", "Cluster", "Kind", "kind_of"]
@@ -43,6 +43,7 @@ class Kind:
 
 
 TIER: Final = Kind(API_VERSION, KIND, PLURAL)
+TIER_POOL: Final = Kind(API_VERSION, POOL_KIND, POOL_PLURAL)
 CHILDREN: Final = (
     Kind("v1", "ServiceAccount", "serviceaccounts"),
     Kind("rbac.authorization.k8s.io/v1", "Role", "roles"),
@@ -57,7 +58,9 @@ POD: Final = Kind("v1", "Pod", "pods")
 AUTOSCALER: Final = Kind("autoscaling/v2", "HorizontalPodAutoscaler", "horizontalpodautoscalers")
 EVENT: Final = Kind("events.k8s.io/v1", "Event", "events")
 LEASE: Final = Kind("coordination.k8s.io/v1", "Lease", "leases")
-_KINDS: Final = {(k.api_version, k.kind): k for k in (TIER, *CHILDREN, POD, AUTOSCALER, EVENT, LEASE)}
+_KINDS: Final = {
+    (k.api_version, k.kind): k for k in (TIER, TIER_POOL, *CHILDREN, POD, AUTOSCALER, EVENT, LEASE)
+}
 
 _RETRIED_READS: Final = frozenset({429, 500, 502, 503, 504})
 _MAX_READ_TRIES: Final = 4
@@ -233,6 +236,35 @@ class Cluster:
             body,
             {"fieldManager": FIELD_MANAGER, "force": "true"},
             content_type="application/apply-patch+yaml",
+        )
+
+    async def relabel(self, body: JsonObject) -> JsonObject:
+        """Merge labels and annotations into a pod (null removes); ``metadata`` has uid and resourceVersion.
+
+        Raises:
+            ApiError: 409 when the pod changed meanwhile, or is another one of that name; 404 when it is gone.
+        """
+        ref = Ref.of(body)
+        meta = body["metadata"]
+        if not (meta.get("uid") and meta.get("resourceVersion")):
+            raise ValueError(
+                f"{ref}: a relabel needs uid and resourceVersion, or it could move another engine"
+            )
+        patch = {
+            "metadata": {
+                name: meta[name]
+                for name in ("uid", "resourceVersion", "labels", "annotations")
+                if name in meta
+            }
+        }
+        return await self._write(
+            "label",
+            ref,
+            "PATCH",
+            self._path(kind_of(ref), ref.namespace, ref.name),
+            patch,
+            {"fieldManager": FIELD_MANAGER},
+            content_type="application/merge-patch+json",
         )
 
     async def take_over_fields(self, obj: JsonObject, managed_fields: list[JsonObject]) -> JsonObject:

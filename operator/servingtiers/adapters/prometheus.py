@@ -205,7 +205,7 @@ class PrometheusSource:
     def _read_alone(self, tiers: Sequence[TierTargets], now: float) -> Mapping[str, TierLoad]:
         started = self.monotonic()
         self._deadline = started + 3 * self._timeout
-        engines = _Pods.of((t.namespace, pod) for t in tiers for pool in t.pools for pod in pool.pods)
+        engines = _Pods.of((t.namespace, pod) for t in tiers for pod in t.engines)
         routers = _Pods.of((t.namespace, pod) for t in tiers for pod in t.routers)
         try:
             self._authorize()
@@ -221,7 +221,7 @@ class PrometheusSource:
         return {
             tier.key: tier_load(
                 tier,
-                {p.name: engine_windows[tier.namespace, p.name] for pool in tier.pools for p in pool.pods},
+                {p.name: engine_windows[tier.namespace, p.name] for p in tier.engines},
                 {p.name: router_windows[tier.namespace, p.name] for p in tier.routers},
                 window=self.window,
                 now=clock,

@@ -33,6 +33,8 @@ from servingtiers.core.telemetry import (
 
 __all__ = ["ScrapeSource"]
 
+_MOST_SCANS = 1_000
+"""Answers of one pod that are kept at most, however fast they come."""
 _MAX_BODY = 4 * 1024 * 1024
 """Bytes of one answer; an engine with eight data-parallel ranks answers half a mebibyte."""
 
@@ -70,7 +72,7 @@ class ScrapeSource:
     """
 
     interval: float
-    """Seconds between calls of :meth:`read`."""
+    """Seconds between calls of :meth:`read` at most; sooner is fine."""
     window: float
     """Seconds over which rates and percentiles are taken; at least two intervals."""
     timeout: float = 3.0
@@ -107,14 +109,13 @@ class ScrapeSource:
         for tier in tiers:
             engines = {
                 pod.name: self._engine_window(self._engines[_key(tier, pod)], clock, ahead)
-                for pool in tier.pools
-                for pod in pool.pods
+                for pod in tier.engines
             }
             routers = {
                 pod.name: self._router_window(self._routers[_key(tier, pod)], clock, ahead)
                 for pod in tier.routers
             }
-            loads[tier.key] = tier_load(tier, engines, routers, window=self.window, now=clock)
+            loads[tier.key] = tier_load(tier, engines, routers, window=self.window, now=clock, ahead=ahead)
             await asyncio.sleep(0)  # the reconciler shares this loop
         return loads
 
@@ -125,17 +126,16 @@ class ScrapeSource:
             self._session = None
 
     def _follow(self, tiers: Sequence[TierTargets]) -> None:
-        keep = int(self.window / self.interval) + 3
         engines: dict[_Key, _Engine] = {}
         routers: dict[_Key, _Router] = {}
         for tier in tiers:
-            for pod in (pod for pool in tier.pools for pod in pool.pods):
+            for pod in tier.engines:
                 key = _key(tier, pod)
-                engines[key] = self._engines.get(key) or _Engine(pod, deque(maxlen=keep))
+                engines[key] = self._engines.get(key) or _Engine(pod, deque(maxlen=_MOST_SCANS))
                 engines[key].target = pod
             for pod in tier.routers:
                 key = _key(tier, pod)
-                routers[key] = self._routers.get(key) or _Router(pod, deque(maxlen=keep))
+                routers[key] = self._routers.get(key) or _Router(pod, deque(maxlen=_MOST_SCANS))
                 routers[key].target = pod
         self._engines, self._routers = engines, routers
 
@@ -171,6 +171,9 @@ class ScrapeSource:
                     pod.scans.append(replace(scan, time=scan.time - ahead))
                 else:
                     pod.scans.append(parse_router(text, at))
+                # Reads may come sooner than every interval, while an engine moves: history goes by time, not by number.
+                while len(pod.scans) > 1 and pod.scans[0].time < at - self.window - 2 * self.interval:
+                    pod.scans.popleft()
                 pod.fault, pod.failed = None, False
             except _RefusedError as refused:
                 pod.fault = str(refused)

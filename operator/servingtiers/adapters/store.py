@@ -13,16 +13,27 @@ from typing import Any
 
 from servingtiers.core.state import JsonObject, Ref
 
-__all__ = ["Key", "Store", "key_of_tier"]
+__all__ = ["Key", "Store", "group_of", "key_of_tier"]
 
 _AUTOSCALER = "HorizontalPodAutoscaler"
+_POOL_PREFIX = "pool/"
 Key = tuple[str, str]
-"""Namespace and name of a tier."""
+"""Namespace and name of a tier; of a TierPool with ``pool/`` before its name, where a group of tiers is meant."""
 
 
 def key_of_tier(tier: Mapping[str, Any]) -> Key:
     """Return the key of a ServingTier object."""
     return tier["metadata"]["namespace"], tier["metadata"]["name"]
+
+
+def group_of(tier: Mapping[str, Any]) -> Key:
+    """Return the key under which a tier is reconciled: that of its TierPool where it names one, else its own.
+
+    No name of a Kubernetes object contains a slash, so no tier's key looks like a pool's.
+    """
+    namespace, name = key_of_tier(tier)
+    pool = ((tier.get("spec") or {}).get("sharedPool") or {}).get("name")
+    return (namespace, f"{_POOL_PREFIX}{pool}") if isinstance(pool, str) else (namespace, name)
 
 
 def _version(obj: Mapping[str, Any]) -> int:
@@ -33,6 +44,10 @@ def _version(obj: Mapping[str, Any]) -> int:
         return 0
 
 
+def _key_of_pool(pool: Mapping[str, Any]) -> Key:
+    return pool["metadata"]["namespace"], f"{_POOL_PREFIX}{pool['metadata']['name']}"
+
+
 class Store:
     """All watched objects, by reference and by the tier they belong to."""
 
@@ -41,6 +56,8 @@ class Store:
         self._tier_label = tier_label
         self._label_value = label_value
         self.tiers: dict[Key, JsonObject] = {}
+        self.pools: dict[Key, JsonObject] = {}
+        """TierPools by their group's key."""
         self._objects: dict[Ref, JsonObject] = {}
         self._by_tier: dict[Key, set[Ref]] = defaultdict(set)
         self._autoscalers: dict[str, dict[Ref, JsonObject]] = defaultdict(dict)
@@ -62,6 +79,46 @@ class Store:
         held = self.tiers.get(key)
         if held is not None and held["metadata"]["uid"] == tier["metadata"]["uid"]:
             del self.tiers[key]
+
+    # -- groups of tiers ---------------------------------------------------------------------------------------
+
+    def members(self, key: Key) -> list[tuple[Key, JsonObject]]:
+        """Return the tiers that are reconciled under a key, or together with the tier of that key, by name."""
+        tier = self.tiers.get(key)
+        group = key if tier is None else group_of(tier)
+        if group in self.tiers:
+            return [(group, self.tiers[group])]
+        return sorted(
+            (item for item in self.tiers.items() if item[0][0] == group[0] and group_of(item[1]) == group),
+            key=lambda item: item[0],
+        )
+
+    def see_pool(self, pool: JsonObject) -> Key | None:
+        """Take in a TierPool; return the key of its group when it is news."""
+        key = _key_of_pool(pool)
+        held = self.pools.get(key)
+        if held is not None and _version(held) >= _version(pool):
+            return None
+        self.pools[key] = pool
+        return key
+
+    def forget_pool(self, pool: JsonObject) -> Key | None:
+        """Drop a deleted TierPool, unless one of the same name has come since; return its group's key."""
+        key = _key_of_pool(pool)
+        held = self.pools.get(key)
+        if held is None or held["metadata"]["uid"] != pool["metadata"]["uid"]:
+            return None
+        del self.pools[key]
+        return key
+
+    def relist_pools(self, items: Iterable[JsonObject], version: int) -> set[Key]:
+        """Replace the TierPools by a list of that version; return the keys of groups with a new, changed or gone one."""
+        fresh = {_key_of_pool(pool): pool for pool in items}
+        gone = {key for key, held in self.pools.items() if key not in fresh and _version(held) <= version}
+        for key in gone:
+            del self.pools[key]
+        news = (self.see_pool(pool) for pool in fresh.values())
+        return gone | {key for key in news if key is not None}
 
     # -- everything else ---------------------------------------------------------------------------------------
 

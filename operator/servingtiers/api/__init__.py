@@ -4,7 +4,8 @@ These models are the one source of truth: the CRD in ``crds/``, the chart's copy
 docs are generated from them.
 """
 
-from servingtiers.api.base import API_VERSION, GROUP, KIND, PLURAL, VERSION
+from servingtiers.api.base import API_VERSION, GROUP, KIND, PLURAL, POOL_KIND, POOL_PLURAL, VERSION
+from servingtiers.api.pool import TierPool
 from servingtiers.api.spec import ServingTier, ServingTierSpec, Tier
 from servingtiers.api.status import ServingTierStatus
 
@@ -13,9 +14,12 @@ __all__ = [
     "GROUP",
     "KIND",
     "PLURAL",
+    "POOL_KIND",
+    "POOL_PLURAL",
     "VERSION",
     "ServingTier",
     "ServingTierSpec",
     "ServingTierStatus",
     "Tier",
+    "TierPool",
 ]

@@ -18,6 +18,8 @@ __all__ = [
     "GROUP",
     "KIND",
     "PLURAL",
+    "POOL_KIND",
+    "POOL_PLURAL",
     "VERSION",
     "DecimalString",
     "Duration",
@@ -37,6 +39,8 @@ VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 KIND = "ServingTier"
 PLURAL = "servingtiers"
+POOL_KIND = "TierPool"
+POOL_PLURAL = "tierpools"
 
 DURATION_PATTERN = r"^([0-9]{1,5}(h|m|s|ms|us)){1,4}$"
 _DURATION_PART = re.compile(r"([0-9]{1,5})(h|ms|us|m|s)")

@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from servingtiers.api.base import GROUP, KIND, PLURAL, VERSION, Model
+from servingtiers.api.base import GROUP, KIND, PLURAL, POOL_KIND, POOL_PLURAL, VERSION, Model
+from servingtiers.api.pool import TierPoolSpec, TierPoolStatus
 from servingtiers.api.spec import ServingTierSpec
 from servingtiers.api.status import ServingTierStatus
 
-__all__ = ["crd_document", "structural_schema"]
+__all__ = ["crd_document", "crd_documents", "pool_crd_document", "structural_schema"]
 
 Json: TypeAlias = dict[str, Any]
 
@@ -49,34 +50,72 @@ def structural_schema(model: type[Model], *, defaults: bool) -> Json:
     return _structural(schema, definitions, defaults=defaults, path=model.__name__)
 
 
+def crd_documents() -> tuple[Json, ...]:
+    """Return the CustomResourceDefinitions of all kinds."""
+    return crd_document(), pool_crd_document()
+
+
 def crd_document() -> Json:
     """Return the CustomResourceDefinition of ServingTier."""
+    return _document(
+        KIND,
+        PLURAL,
+        "st",
+        "ServingTier serves one model with vLLM in one tier of the latency–throughput trade-off.",
+        ServingTierSpec,
+        ServingTierStatus,
+        _printer_columns(),
+    )
+
+
+def pool_crd_document() -> Json:
+    """Return the CustomResourceDefinition of TierPool."""
+    return _document(
+        POOL_KIND,
+        POOL_PLURAL,
+        "tp",
+        "TierPool lets the tiers of one model that name it lend each other engines.",
+        TierPoolSpec,
+        TierPoolStatus,
+        _pool_printer_columns(),
+    )
+
+
+def _document(
+    kind: str,
+    plural: str,
+    short: str,
+    description: str,
+    spec: type[Model],
+    status: type[Model],
+    columns: list[Json],
+) -> Json:
     text = {"type": "string", "maxLength": 253}
     schema: Json = {
-        "description": "ServingTier serves one model with vLLM in one tier of the latency–throughput trade-off.",
+        "description": description,
         "type": "object",
         "required": ["spec"],
         "properties": {
             "apiVersion": {"description": "Version of the schema of this object.", **text},
             "kind": {"description": "Kind of this object.", **text},
             "metadata": {"type": "object"},
-            "spec": structural_schema(ServingTierSpec, defaults=True),
-            "status": structural_schema(ServingTierStatus, defaults=False),
+            "spec": structural_schema(spec, defaults=True),
+            "status": structural_schema(status, defaults=False),
         },
     }
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{PLURAL}.{GROUP}"},
+        "metadata": {"name": f"{plural}.{GROUP}"},
         "spec": {
             "group": GROUP,
             "scope": "Namespaced",
             "names": {
-                "kind": KIND,
-                "listKind": f"{KIND}List",
-                "plural": PLURAL,
-                "singular": KIND.lower(),
-                "shortNames": ["st"],
+                "kind": kind,
+                "listKind": f"{kind}List",
+                "plural": plural,
+                "singular": kind.lower(),
+                "shortNames": [short],
                 # Not `all`, or `kubectl delete all --all` would delete tiers; and not the plural, which would then
                 # stand for every kind of the category.
                 "categories": ["llm"],
@@ -87,7 +126,7 @@ def crd_document() -> Json:
                     "served": True,
                     "storage": True,
                     "subresources": {"status": {}},
-                    "additionalPrinterColumns": _printer_columns(),
+                    "additionalPrinterColumns": columns,
                     "schema": {"openAPIV3Schema": schema},
                 }
             ],
@@ -95,38 +134,51 @@ def crd_document() -> Json:
     }
 
 
+def _column(name: str, path: str, description: str, *, wide: bool = False, kind: str = "string") -> Json:
+    """Return one column of `kubectl get`; a wide one shows only with `-o wide`."""
+    return {
+        "name": name,
+        "type": kind,
+        "description": description,
+        "jsonPath": path,
+        "priority": 1 if wide else 0,
+    }
+
+
+def _condition_column(name: str, title: str, description: str, *, wide: bool = False) -> Json:
+    return _column(title, f'.status.conditions[?(@.type=="{name}")].status', description, wide=wide)
+
+
 def _printer_columns() -> list[Json]:
-    """Return what `kubectl get` shows; priority 1 only with `-o wide`."""
-
-    def column(name: str, path: str, description: str, *, wide: bool = False, kind: str = "string") -> Json:
-        return {
-            "name": name,
-            "type": kind,
-            "description": description,
-            "jsonPath": path,
-            "priority": 1 if wide else 0,
-        }
-
-    def condition(name: str) -> str:
-        return f'.status.conditions[?(@.type=="{name}")].status'
-
     return [
-        column("Tier", ".spec.tier", "Latency, Balanced or Throughput"),
-        column("Model", ".spec.model.name", "Model served"),
-        column("Replicas", ".status.replicas", "Ready and desired engines of all pools"),
-        column("Ready", condition("Ready"), "Whether the tier can serve"),
-        column("SLO met", condition("SLOMet"), "Whether every objective is met"),
-        column("Cost/h", ".status.cost.perHour", "Cost of the tier's accelerators per hour"),
-        column("Mode", ".spec.scaling.mode", "Who sets the replicas", wide=True),
-        column(
+        _column("Tier", ".spec.tier", "Latency, Balanced or Throughput"),
+        _column("Model", ".spec.model.name", "Model served"),
+        _column("Replicas", ".status.replicas", "Ready and desired engines of all pools"),
+        _condition_column("Ready", "Ready", "Whether the tier can serve"),
+        _condition_column("SLOMet", "SLO met", "Whether every objective is met"),
+        _column("Cost/h", ".status.cost.perHour", "Cost of the tier's accelerators per hour"),
+        _column("Mode", ".spec.scaling.mode", "Who sets the replicas", wide=True),
+        _column(
             "Accelerator",
             ".status.effective.pools[0].accelerator",
             "Accelerator of the first pool",
             wide=True,
         ),
-        column("Feasible", condition("Feasible"), "Whether the objectives can be met at all", wide=True),
-        column("Endpoint", ".status.endpoint", "Address inside the cluster", wide=True),
-        column("Age", ".metadata.creationTimestamp", "Time since creation", kind="date"),
+        _condition_column("Feasible", "Feasible", "Whether the objectives can be met at all", wide=True),
+        _column("Endpoint", ".status.endpoint", "Address inside the cluster", wide=True),
+        _column("Age", ".metadata.creationTimestamp", "Time since creation", kind="date"),
+    ]
+
+
+def _pool_printer_columns() -> list[Json]:
+    return [
+        _column("Model", ".spec.servedModelName", "Name that the members serve"),
+        _column("Engines", ".status.engines", "Ready engines of all members", kind="integer"),
+        _column("Moved", ".status.moved", "Engines that are not at home", kind="integer"),
+        _column("Accelerators", ".status.accelerators", "Accelerators in use", kind="integer"),
+        _condition_column("Accepted", "Accepted", "Whether the members can stand in for one another"),
+        _condition_column("Ready", "Ready", "Whether there is somebody to lend to and from"),
+        _column("Age", ".metadata.creationTimestamp", "Time since creation", kind="date"),
     ]
 
 

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from servingtiers.api.base import API_VERSION, DURATION_PATTERN, KIND
-from servingtiers.api.crd import crd_document
+from servingtiers.api.base import API_VERSION, DURATION_PATTERN, KIND, POOL_KIND
+from servingtiers.api.crd import crd_document, pool_crd_document
 
 __all__ = ["reference_page"]
 
@@ -26,16 +26,30 @@ _Sections = dict[str, tuple[list[str], Mapping[str, Any]]]
 """Shape of an object to the paths that have it, and one of the objects."""
 
 
+_POOL_HEAD = f"""\
+# {POOL_KIND} ({API_VERSION})
+
+Tiers of one namespace that name it in `spec.sharedPool` lend each other engines:
+[share engines](../how-to/share-engines.md).
+"""
+
+
 def reference_page() -> str:
     """Return the reference page as Markdown."""
-    root = crd_document()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    tier = _page(crd_document(), _HEAD, "")
+    pool = _page(pool_crd_document(), _POOL_HEAD, f"{POOL_KIND} ")
+    return "\n".join([*tier, *pool])
+
+
+def _page(document: Mapping[str, Any], head: str, prefix: str) -> list[str]:
+    """Return the parts of one kind; ``prefix`` keeps its anchors apart from another kind's."""
+    root = document["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     sections: _Sections = {}
     for part in ("spec", "status"):
-        for path, node in _objects(root["properties"][part], part):
+        for path, node in _objects(root["properties"][part], f"{prefix}{part}"):
             paths, _ = sections.setdefault(_shape(node), ([], node))
             paths.append(path)
-    parts = [_section(paths, node, sections) for paths, node in sections.values()]
-    return "\n".join([_HEAD, *parts])
+    return [head, *(_section(paths, node, sections) for paths, node in sections.values())]
 
 
 def _objects(node: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

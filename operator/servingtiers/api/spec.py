@@ -773,6 +773,18 @@ class ServingTierSpec(Model):
                     "!has(self.disaggregation) || !has(self.sharedPool)",
                     "sharedPool is for tiers with an aggregated pool: remove sharedPool or disaggregation",
                 ),
+                cel(
+                    "!has(self.sharedPool) || (has(self.pool) && has(self.pool.hardware.accelerators)"
+                    " && size(self.pool.hardware.accelerators) == 1 && has(self.pool.hardware.tensorParallel)"
+                    " && has(self.pool.engine.image) && has(self.pool.engine.maxModelLen)"
+                    " && (!has(self.pool.engine.quantization) || self.pool.engine.quantization != 'Auto')"
+                    " && (!has(self.model.source.huggingFace) || has(self.model.revision)))",
+                    "engines of a TierPool serve in one another's place, so nothing that makes them differ may be left"
+                    " to presets: give model.revision (of a huggingFace source), one pool.hardware.accelerators,"
+                    " pool.hardware.tensorParallel, pool.engine.image and pool.engine.maxModelLen, and no"
+                    " quantization: Auto",
+                    field_path=".sharedPool",
+                ),
             ]
         }
     }

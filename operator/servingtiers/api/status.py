@@ -25,7 +25,10 @@ __all__ = [
     "PoolStatus",
     "ScaleTargetRef",
     "ServingTierStatus",
+    "ShortText",
+    "StatusPart",
     "ThroughputStatus",
+    "Time",
 ]
 
 Text = Annotated[str, Field(max_length=1024)]
@@ -47,13 +50,13 @@ ConditionType = Literal[
 ]
 
 
-class _Part(Model):
+class StatusPart(Model):
     """A part of the status. An older operator ignores what a newer one wrote, also below the top."""
 
     model_config = {"extra": "ignore"}
 
 
-class Condition(_Part):
+class Condition(StatusPart):
     """One condition, as in Kubernetes' metav1.Condition."""
 
     type: Annotated[str, Field(max_length=64)]
@@ -70,7 +73,7 @@ class Condition(_Part):
     """Generation of the spec that the condition is about."""
 
 
-class EffectivePool(_Part):
+class EffectivePool(StatusPart):
     """The settings a pool runs with, each with the reason it was chosen."""
 
     name: ShortText
@@ -101,7 +104,7 @@ class EffectivePool(_Part):
     """Field name to the reason for its value."""
 
 
-class EffectiveStatus(_Part):
+class EffectiveStatus(StatusPart):
     """What presets and planner filled in."""
 
     slo: Annotated[dict[str, ShortText], Field(max_length=20)] = {}
@@ -118,7 +121,7 @@ class EffectiveStatus(_Part):
     """Settings of each pool."""
 
 
-class PlanStatus(_Part):
+class PlanStatus(StatusPart):
     """What the performance model says of one replica of the tier."""
 
     requests_per_second_per_replica: Number | None = None
@@ -133,7 +136,7 @@ class PlanStatus(_Part):
     """The limit that set the numbers."""
 
 
-class ScaleTargetRef(_Part):
+class ScaleTargetRef(StatusPart):
     """What an HPA may target in External mode."""
 
     api_version: ShortText
@@ -144,7 +147,7 @@ class ScaleTargetRef(_Part):
     """Name of the target."""
 
 
-class PoolMemory(_Part):
+class PoolMemory(StatusPart):
     """What scaling must remember; kept here so that a restart changes nothing."""
 
     low_since: Time | None = None
@@ -167,7 +170,7 @@ class PoolMemory(_Part):
     """Latest start-up times of engines, newest last."""
 
 
-class PoolStatus(_Part):
+class PoolStatus(StatusPart):
     """One pool."""
 
     name: ShortText
@@ -180,6 +183,10 @@ class PoolStatus(_Part):
     """Replicas that can serve."""
     desired: int = 0
     """Replicas that the latest decision wants."""
+    lent: int | None = None
+    """Ready replicas that do not serve this tier: lent to others, or on their way. Set in a TierPool."""
+    borrowed: int | None = None
+    """Engines of other tiers that serve this one. Set in a TierPool."""
     recommended: int | None = None
     """What would be set if the mode were Auto."""
     scale_target_ref: ScaleTargetRef | None = None
@@ -190,7 +197,7 @@ class PoolStatus(_Part):
     """What the operator must remember across a restart."""
 
 
-class HourCount(_Part):
+class HourCount(StatusPart):
     """Requests of one hour, for attainment over the window; hours older than three days are folded into days."""
 
     hour: Time
@@ -203,7 +210,7 @@ class HourCount(_Part):
     """Most requests that can have been within the target: more than `good` where the target is no bucket edge."""
 
 
-class ObjectiveStatus(_Part):
+class ObjectiveStatus(StatusPart):
     """How one objective fares."""
 
     objective: ShortText
@@ -228,7 +235,7 @@ class ObjectiveStatus(_Part):
     """Hourly counters of the window, newest last. Atomic: as a keyed list each hour would be named in managedFields."""
 
 
-class ThroughputStatus(_Part):
+class ThroughputStatus(StatusPart):
     """Traffic, rounded."""
 
     requests_per_second: Number | None = None
@@ -239,7 +246,7 @@ class ThroughputStatus(_Part):
     """Output tokens per second."""
 
 
-class CostStatus(_Part):
+class CostStatus(StatusPart):
     """What the tier costs."""
 
     window: ShortText = "1h"
@@ -256,7 +263,7 @@ class CostStatus(_Part):
     """Where the prices come from."""
 
 
-class DecisionRecord(_Part):
+class DecisionRecord(StatusPart):
     """One decision of the autoscaler and its reason."""
 
     time: Time
@@ -267,6 +274,9 @@ class DecisionRecord(_Part):
     """Replicas before."""
     to_replicas: Annotated[int, Field(alias="to")]
     """Replicas decided."""
+    engine: ShortText | None = None
+    """Pod of the engine that moved between tiers; `from` and `to` are then the engines that serve this one. Not set: the
+    pool's own replicas."""
     reason: Text
     """Why, in one sentence."""
     binding: ShortText
@@ -277,7 +287,7 @@ class DecisionRecord(_Part):
     """False in Recommend and External mode and while suspended."""
 
 
-class ServingTierStatus(_Part):
+class ServingTierStatus(StatusPart):
     """What the operator reports."""
 
     observed_generation: int | None = None

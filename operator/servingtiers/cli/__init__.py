@@ -18,7 +18,7 @@ _MODULES = {"operator": "operate"}
 """Modules that are not called like their command: `operator` is also a module of the standard library."""
 _COMMANDS = {
     "operator": "Run the operator.",
-    "crds": "Print or write the CustomResourceDefinition.",
+    "crds": "Print or write the CustomResourceDefinitions.",
     "render": "Show the Kubernetes objects of a tier, without a cluster.",
     "explain": "Tell what was decided for a tier, and why.",
     "plan": "Find the cheapest fleet that keeps the objectives.",

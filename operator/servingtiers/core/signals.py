@@ -286,3 +286,5 @@ class TierLoad:
 
     pools: dict[str, Load] = field(default_factory=dict)
     router: RouterLoad = RouterLoad(Coverage(0, 0))
+    in_flight: dict[str, Signal] = field(default_factory=dict)
+    """Engine pod to its requests running and waiting: of those that serve the tier, and of its own that serve nobody."""

@@ -57,6 +57,8 @@ class Member:
     """Writes of the latest pass that the API server refused."""
     autoscalers: tuple[JsonObject, ...] = ()
     """HorizontalPodAutoscalers of the namespace."""
+    load_age: float = 0.0
+    """Seconds since the load was read: ages in it count from then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class Observed:
     """Unix time, seconds."""
     config: OperatorConfig
     members: tuple[Member, ...]
+    pool: JsonObject | None = None
+    """The TierPool that the members name, as the API server sent it; None: they name none, or there is none."""
 
 
 class Verb(StrEnum):
@@ -80,6 +84,8 @@ class Verb(StrEnum):
     """Rewrite managedFields at the very resourceVersion read: once, before an object's first apply."""
     DELETE = "delete"
     """DELETE with a uid precondition."""
+    LABEL = "label"
+    """Merge patch of labels and annotations of a pod of ours, at the very uid and resourceVersion read."""
     STATUS = "status"
     """Server-side apply of the status subresource."""
 
@@ -91,6 +97,8 @@ class Write:
     verb: Verb
     body: JsonObject
     why: str
+    member: int = 0
+    """Index of the member whose object it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,3 +124,5 @@ class Plan:
     """Per member: to be handed back with the next observation, and nobody else's business."""
     decided: tuple[TierDecision, ...]
     """What scaling decided, for metrics and logs."""
+    moving: bool = False
+    """Engines are on their way from one tier to another: loads should be read again in seconds."""

@@ -75,18 +75,20 @@ class PodTarget:
     port: int
     ready_since: float | None = None
     """Unix time at which it became ready; None: long ago."""
+    held_since: float | None = None
+    """Unix time at which it came to the tier that it serves; None: long ago, or never away from it."""
     engine_version: str | None = None
     """vLLM's version where the image names it; only used to say why a metric is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolTargets:
-    """The ready pods of one pool."""
+    """The ready pods that serve as one pool, whoever owns them."""
 
     name: str
     role: PoolRole
     desired: int
-    """Replicas wanted now (`spec.replicas` of the Deployment)."""
+    """Engines wanted now (`spec.replicas` of the Deployment, less what is lent, and what is borrowed)."""
     pods: tuple[PodTarget, ...]
 
 
@@ -98,6 +100,13 @@ class TierTargets:
     name: str
     pools: tuple[PoolTargets, ...]
     routers: tuple[PodTarget, ...] = ()
+    unheld: tuple[PodTarget, ...] = ()
+    """Engines of this tier that serve nobody at the moment: they finish what they have before they move on."""
+
+    @property
+    def engines(self) -> tuple[PodTarget, ...]:
+        """Every engine to ask."""
+        return (*(pod for pool in self.pools for pod in pool.pods), *self.unheld)
 
     @property
     def key(self) -> str:
@@ -424,16 +433,21 @@ def pool_load(
     window: float,
     now: float,
     routers: RouterLoad | None = None,
+    ahead: float = 0.0,
 ) -> Load:
     """Return the load of one pool from what its ready pods said.
+
+    What a pod that came from another tier counted within the window is of both: its gauges count, its rates and
+    histograms are not known.
 
     Args:
         pool: The pool and its ready pods.
         windows: Pod name to what it said; a ready pod that is missing here did not answer. Pods that are not ready
             are ignored: Prometheus shows the dead for five minutes.
         window: Seconds.
-        now: Unix time, seconds.
+        now: Seconds, on the clock of the windows' samples.
         routers: What the tier's routers said, for a pool without engines.
+        ahead: What Unix time is ahead of ``now``, seconds.
     """
     if not pool.pods:
         return _load_without_pods(pool, window, routers)
@@ -442,7 +456,8 @@ def pool_load(
     for pod in pool.pods:
         answer = windows.get(pod.name, Unknown("did not answer"))
         if isinstance(answer, PodWindow):
-            said.append(answer)
+            held = math.inf if pod.held_since is None else now + ahead - pod.held_since
+            said.append(answer if held >= window else _of_both(answer, held))
         else:
             silent.append(f"{pod.name}: {answer.reason}")
     pods = _Pods(len(pool.pods), said, silent, now)
@@ -474,6 +489,15 @@ def pool_load(
 
 
 _METRICS = {metric.key: metric for metric in ENGINE_METRICS}
+_COUNTED = tuple(metric.key for metric in ENGINE_METRICS if metric.kind is not Kind.GAUGE)
+
+
+def _of_both(answer: PodWindow, held: float) -> PodWindow:
+    """Return what a pod said without what it counted for another tier, which cannot be told apart."""
+    reason = f"came from another tier {max(held, 0.0):.0f} s ago: what it counted is of both"
+    return replace(
+        answer, rates={}, histograms={}, faults={**answer.faults, **dict.fromkeys(_COUNTED, reason)}
+    )
 
 
 def _load_without_pods(pool: PoolTargets, window: float, routers: RouterLoad | None) -> Load:
@@ -727,6 +751,7 @@ def tier_load(
     *,
     window: float,
     now: float,
+    ahead: float = 0.0,
 ) -> TierLoad:
     """Return the load of one tier.
 
@@ -735,10 +760,24 @@ def tier_load(
         engines: Engine pod name to what it said.
         routers: Router pod name to what it said.
         window: Seconds.
-        now: Unix time, seconds.
+        now: Seconds, on the clock of the windows' samples.
+        ahead: What Unix time is ahead of ``now``, seconds.
     """
     router = router_load(tier, routers, now=now)
     pools = {
-        pool.name: pool_load(pool, engines, window=window, now=now, routers=router) for pool in tier.pools
+        pool.name: pool_load(pool, engines, window=window, now=now, routers=router, ahead=ahead)
+        for pool in tier.pools
     }
-    return TierLoad(pools, router)
+    return TierLoad(pools, router, {pod.name: _in_flight(engines.get(pod.name), now) for pod in tier.engines})
+
+
+def _in_flight(answer: PodWindow | Unknown | None, now: float) -> Signal:
+    """Return what one engine has in flight: running and waiting."""
+    if not isinstance(answer, PodWindow):
+        return answer or Unknown("did not answer")
+    for key in ("running", "waiting"):
+        if key in answer.faults:
+            return Unknown(answer.faults[key])
+    age = max(0.0, now - answer.time)
+    count = answer.gauges["running"] + answer.gauges["waiting"]
+    return Value(count, age) if count > 0 else Zero(age)

@@ -64,13 +64,6 @@ def _shards(spec: ServingTierSpec, config: OperatorConfig, shape: ModelShape | N
 
 def _not_yet(spec: ServingTierSpec) -> Iterator[Problem]:
     """Yield what the API takes and this version does not act on: it is said, not silently ignored."""
-    if spec.shared_pool is not None:
-        yield Problem(
-            "spec.sharedPool",
-            "this version does not lend engines yet: the tier scales on its own; remove sharedPool to silence this",
-            blocking=False,
-            reason="SharedPoolInactive",
-        )
     if spec.disaggregation is not None and spec.disaggregation.elastic_roles:
         yield Problem(
             "spec.disaggregation.elasticRoles",

@@ -23,10 +23,13 @@ from servingtiers.api.spec import ServingTier
 from servingtiers.core.decisions import PoolRole
 
 __all__ = [
+    "BOUND_ANNOTATION",
     "COMPONENT_LABEL",
+    "DELETION_COST_ANNOTATION",
     "ENGINE",
     "MANAGED_BY",
     "MANAGED_BY_LABEL",
+    "MOVED_ANNOTATION",
     "NAME_LABEL",
     "OPERATOR",
     "POOL_LABEL",
@@ -79,6 +82,12 @@ ROUTE_TIER_LABEL = f"{ROUTE_PREFIX}tier"
 """Whom a pod serves. One key with one value: an engine has one holder at a time by construction."""
 ROUTE_ROLE_LABEL = f"{ROUTE_PREFIX}role"
 """What a pod does for its holder."""
+MOVED_ANNOTATION = "servingtiers.io/moved-at"
+"""On an engine's pod: when its routing label was last changed, written with it."""
+BOUND_ANNOTATION = "servingtiers.io/bound-for"
+"""On an engine's pod without a holder: whom it goes to, written like the routing label."""
+DELETION_COST_ANNOTATION = "controller.kubernetes.io/pod-deletion-cost"
+"""On an engine's pod away from home: a Deployment that shrinks stops those first that are at home."""
 ROLE_LABEL = "llm-d.ai/role"
 
 ROUTER_CLUSTER_ROLE = "servingtiers-router"

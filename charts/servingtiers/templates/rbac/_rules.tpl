@@ -1,15 +1,15 @@
 {{/*
-What the operator may do to the objects of tiers. No Secrets, no pods but to read, nothing cluster-scoped; in
+What the operator may do to the objects of tiers. No Secrets, no pods but to read and to relabel, nothing cluster-scoped; in
 cluster mode the one thing more is to bind the routers' fixed ClusterRole.
 */}}
 {{- define "servingtiers.rules" -}}
 {{- $cluster := eq .Values.mode "cluster" -}}
 {{- $perTier := not (or $cluster .Values.routers.sharedServiceAccount) -}}
 - apiGroups: [servingtiers.io]
-  resources: [servingtiers]
+  resources: [servingtiers, tierpools]
   verbs: [get, list, watch]
 - apiGroups: [servingtiers.io]
-  resources: [servingtiers/status]
+  resources: [servingtiers/status, tierpools/status]
   verbs: [patch]
 # Children name their tier as controlling owner with blockOwnerDeletion, which
 # OwnerReferencesPermissionEnforcement allows only to those who may do this.
@@ -29,17 +29,13 @@ cluster mode the one thing more is to bind the routers' fixed ClusterRole.
   resources: [networkpolicies]
   verbs: [get, list, watch, create, patch, delete]
 {{- if $perTier }}
-# Each tier's routers get an account that may read pods: what the operator itself holds, and no more.
+# Each tier's routers get an account that may read pods: part of what the operator itself holds.
 - apiGroups: [""]
   resources: [serviceaccounts]
   verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [rbac.authorization.k8s.io]
   resources: [roles, rolebindings]
   verbs: [get, list, watch, create, patch, delete]
-# `get` is not the operator's need but the routers': nobody may grant what he does not hold.
-- apiGroups: [""]
-  resources: [pods]
-  verbs: [get, list, watch]
 {{- else if $cluster }}
 # Each tier's routers get an account and a binding to the one role that may be bound. Roles are made no more: those
 # of tiers from namespaced mode are cleared away.
@@ -56,9 +52,6 @@ cluster mode the one thing more is to bind the routers' fixed ClusterRole.
   resources: [clusterroles]
   resourceNames: [servingtiers-router]
   verbs: [bind]
-- apiGroups: [""]
-  resources: [pods]
-  verbs: [list, watch]
 {{- else }}
 # The routers' account comes with the chart. Accounts that were made for single tiers before are cleared away.
 - apiGroups: [""]
@@ -67,10 +60,12 @@ cluster mode the one thing more is to bind the routers' fixed ClusterRole.
 - apiGroups: [rbac.authorization.k8s.io]
   resources: [roles, rolebindings]
   verbs: [get, list, watch, delete]
+{{- end }}
+# Tiers of a TierPool lend each other engines by a label of their pods. With admission.routingLabels the API server sees
+# to it that nothing but metadata is changed.
 - apiGroups: [""]
   resources: [pods]
-  verbs: [list, watch]
-{{- end }}
+  verbs: [get, list, watch, patch]
 # Another autoscaler on the same Deployment is a conflict to be reported.
 - apiGroups: [autoscaling]
   resources: [horizontalpodautoscalers]
