@@ -384,7 +384,8 @@ class Controller:
                 if error.status in {404, 409, 422}:
                     # Our picture may be old: the object went, or is another one now.
                     await self._look_again(ref, write.body)
-                if error.status in {404, 409}:
+                replaced = write.verb is Verb.LABEL and error.status == 422  # the uid is another pod's
+                if error.status in {404, 409} or replaced:
                     self.queue.add_after(key, 0.2)
                     continue
                 if 400 <= error.status < 500 and error.status != 429:

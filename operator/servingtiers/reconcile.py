@@ -14,7 +14,9 @@ carried out is followed by an empty one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -69,7 +71,8 @@ __all__ = ["FIELD_MANAGER", "plan"]
 
 FIELD_MANAGER: Final = "servingtiers"
 DECISION_ANNOTATION: Final = "servingtiers.io/decision"
-"""On a pool's Deployment: the latest decision that was carried out, as JSON."""
+"""On a pool's Deployment: the latest decision that was carried out, as JSON. On an engine's pod: its latest move, as JSON
+by the keys of the tiers that it left and came to."""
 _RECHECK_SECONDS: Final = 300.0
 _RECHECK_SOON: Final = 30.0
 _RECHECK_MOVING: Final = 2.0
@@ -137,7 +140,8 @@ def plan(observed: Observed) -> Plan:
     outcome = lending.decide(group, scaling.decide(group.tiers, observed.now), observed.now)
     by_key = {decision.key: decision for decision in outcome.tiers}
     # Engines move before engines start.
-    writes = _relabels(outcome.relabels, looks, observed)
+    told = _moves(outcome.relabels, group.engines, observed.now)
+    writes = _relabels(outcome.relabels, told, looks, observed)
     events: list[Event] = []
     remember: list[object | None] = []
     recheck = _RECHECK_SECONDS
@@ -150,8 +154,10 @@ def plan(observed: Observed) -> Plan:
                 after = refused(look.tier, look.generation, look.problems, look.before, observed.now)
             case _Accepted():
                 decision = by_key[look.observation.key]
-                moved = _moves(look.observation.key, outcome.relabels, group.engines, observed.now)
-                history = _history(look, decision, moved, observed.now)
+                key = look.observation.key
+                moved = [records[key] for records in told.values() if key in records]
+                moved_before = tuple(_moves_recorded(key, observed.members))
+                history = _history(look, decision, moved, moved_before, observed.now)
                 differences, replicas = _differences(look, decision, history, observed.config)
                 if differences.foreign or differences.waiting:
                     recheck = min(recheck, _RECHECK_SOON)
@@ -276,7 +282,10 @@ def _engines(look: _Accepted, accepted: Sequence[_Accepted], observed: Observed)
 
 
 def _relabels(
-    relabels: Sequence[Relabel], looks: Sequence[_Accepted | _Refused | None], observed: Observed
+    relabels: Sequence[Relabel],
+    told: Mapping[str, Mapping[str, DecisionRecord]],
+    looks: Sequence[_Accepted | _Refused | None],
+    observed: Observed,
 ) -> list[Write]:
     """Return the patches of the pods that change their holder."""
     pods = {
@@ -285,16 +294,23 @@ def _relabels(
         if look is not None
         for pod in look.member.pods
     }
-    return [_relabel(*pods[relabel.uid], relabel, observed.now) for relabel in relabels]
+    return [
+        _relabel(*pods[relabel.uid], relabel, told.get(relabel.uid, {}), observed.now) for relabel in relabels
+    ]
 
 
-def _relabel(index: int, pod: JsonObject, relabel: Relabel, now: float) -> Write:
+def _relabel(
+    index: int, pod: JsonObject, relabel: Relabel, told: Mapping[str, DecisionRecord], now: float
+) -> Write:
     meta = pod["metadata"]
 
     def slug(key: str | None) -> str | None:
         return None if key is None else names.slug(key.rpartition("/")[2])
 
     at_home = slug(relabel.holder) == meta["labels"][names.TIER_LABEL]
+    records = {
+        key: record.model_dump(mode="json", by_alias=True, exclude_none=True) for key, record in told.items()
+    }
     body = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -308,6 +324,8 @@ def _relabel(index: int, pod: JsonObject, relabel: Relabel, now: float) -> Write
                 names.MOVED_ANNOTATION: to_time(now),
                 names.BOUND_ANNOTATION: slug(relabel.bound_for),
                 names.DELETION_COST_ANNOTATION: None if at_home else _AWAY_COST,
+                # A change of the goal alone is nothing that a tier has to tell: what was told before stays.
+                **({DECISION_ANNOTATION: json.dumps(records, ensure_ascii=False)} if records else {}),
             },
         },
     }
@@ -315,30 +333,42 @@ def _relabel(index: int, pod: JsonObject, relabel: Relabel, now: float) -> Write
 
 
 def _moves(
-    key: str, relabels: Sequence[Relabel], engines: Sequence[SharedEngine], now: float
-) -> tuple[DecisionRecord, ...]:
-    """Return the records of engines that come to a tier or leave it."""
+    relabels: Sequence[Relabel], engines: Sequence[SharedEngine], now: float
+) -> dict[str, dict[str, DecisionRecord]]:
+    """Return what is to be told of engines that move: the engine's uid to tier key to the record."""
     by_uid = {engine.uid: engine for engine in engines}
-    serving = sum(engine.holder == key and engine.ready and not engine.leaving for engine in engines)
-    found = []
+    serving = Counter(engine.holder for engine in engines if engine.ready and not engine.leaving)
+    found: dict[str, dict[str, DecisionRecord]] = {}
     for relabel in relabels:
         engine = by_uid[relabel.uid]
-        change = (relabel.holder == key) - (engine.holder == key)
-        if not change:
-            continue
-        found.append(
-            DecisionRecord(
+        for key, change in ((engine.holder, -1), (relabel.holder, 1)):
+            if key is None:
+                continue
+            found.setdefault(relabel.uid, {})[key] = DecisionRecord(
                 time=to_time(now),
                 pool="pool",
-                from_replicas=serving,
-                to_replicas=serving + change,
+                from_replicas=serving[key],
+                to_replicas=serving[key] + change,
                 engine=engine.name[:256],
                 reason=relabel.reason[:1024],
                 binding=(Binding.LENT if engine.home == key else Binding.BORROWED).value,
             )
-        )
-        serving += change
-    return tuple(found)
+            serving[key] += change
+    return found
+
+
+def _moves_recorded(key: str, members: Sequence[Member]) -> Iterator[DecisionRecord]:
+    """Yield what pods tell of their latest move to or from a tier: it was written together with their label."""
+    for pod in (pod for member in members for pod in member.pods):
+        text = pod["metadata"].get("annotations", {}).get(DECISION_ANNOTATION)
+        if text is None:
+            continue
+        try:
+            records = json.loads(text)
+            if isinstance(records, dict) and key in records:
+                yield DecisionRecord.model_validate(records[key])
+        except ValueError:  # pydantic's and json's errors are both; somebody else wrote it
+            continue
 
 
 def _pool_status_write(
@@ -587,7 +617,11 @@ def _router(
 
 
 def _history(
-    look: _Accepted, decision: TierDecision, moved: Sequence[DecisionRecord], now: float
+    look: _Accepted,
+    decision: TierDecision,
+    moved: Sequence[DecisionRecord],
+    moved_before: Sequence[DecisionRecord],
+    now: float,
 ) -> tuple[DecisionRecord, ...]:
     recorded = [
         record
@@ -597,7 +631,7 @@ def _history(
     return decision_history(
         decision,
         look.before.status.decisions,
-        recorded,
+        [*recorded, *moved_before],
         existing=frozenset(pool.asked.name for pool in look.pools if pool.view.deployment is not None),
         acting=acts(look.tier.spec.scaling.mode, suspended=look.tier.spec.suspend) and not _rivals(look),
         now=now,

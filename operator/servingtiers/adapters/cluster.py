@@ -242,7 +242,7 @@ class Cluster:
         """Merge labels and annotations into a pod (null removes); ``metadata`` has uid and resourceVersion.
 
         Raises:
-            ApiError: 409 when the pod changed meanwhile, or is another one of that name; 404 when it is gone.
+            ApiError: 409 when the pod changed meanwhile, 422 when it is another one of that name, 404 when it is gone.
         """
         ref = Ref.of(body)
         meta = body["metadata"]
