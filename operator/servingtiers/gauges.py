@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from servingtiers.adapters.operator_metrics import ObjectiveGauges, PoolGauges, TierGauges
+from servingtiers.api.status import PoolStatus
 from servingtiers.core.findings import SloVerdict
 from servingtiers.core.signals import Load, TierLoad, Unknown, Value, number
 from servingtiers.policy import attainment
@@ -21,10 +22,7 @@ def gauges(key: tuple[str, str], seen: Remembered, load: TierLoad, load_age: flo
     return TierGauges(
         namespace=key[0],
         name=key[1],
-        pools=[
-            _pool(pool.name, pool.desired, pool.ready, batch.get(pool.name), load.pools.get(pool.name))
-            for pool in status.pools
-        ],
+        pools=[_pool(pool, batch.get(pool.name), load.pools.get(pool.name)) for pool in status.pools],
         objectives=[_objective(verdict, seen) for verdict in attainment.verdicts(seen.tallies)],
         currency=cost.currency if cost else "USD",
         cost_per_hour=_float(cost.per_hour if cost else None),
@@ -36,14 +34,16 @@ def gauges(key: tuple[str, str], seen: Remembered, load: TierLoad, load_age: flo
     )
 
 
-def _pool(name: str, desired: int, ready: int, batch: int | None, load: Load | None) -> PoolGauges:
+def _pool(pool: PoolStatus, batch: int | None, load: Load | None) -> PoolGauges:
     running = number(load.running) if load is not None else None
-    slots = ready * batch if batch else 0
+    slots = (pool.ready - (pool.lent or 0) + (pool.borrowed or 0)) * (batch or 0)
     return PoolGauges(
-        name=name,
-        desired=desired,
-        ready=ready,
-        utilization=running / slots if running is not None and slots else None,
+        name=pool.name,
+        desired=pool.desired,
+        ready=pool.ready,
+        lent=pool.lent,
+        borrowed=pool.borrowed,
+        utilization=running / slots if running is not None and slots > 0 else None,
         running=running,
         waiting=number(load.waiting) if load is not None else None,
     )

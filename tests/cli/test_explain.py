@@ -2,6 +2,7 @@
 
 # the names of the tests are the sentences
 
+import copy
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -148,6 +149,23 @@ def test_what_is_only_bounded_is_told_as_a_bound(attainment, budget, said):
     }
     tier = {**TIER, "status": {**TIER["status"], "slo": [objective]}}
     assert said in run("-f", "-", stdin=yaml.safe_dump(tier)).output
+
+
+def test_who_lends_and_borrows_is_told(tmp_path):
+    tier = copy.deepcopy(TIER)
+    tier["status"]["pools"][0] |= {"lent": 1, "borrowed": 2}
+    move = {"engine": "batch-pool-x", "reason": "chat needs 3 engines and has 2.", "binding": "Borrowed"}
+    tier["status"]["decisions"].insert(
+        0, {"time": "2026-01-02T03:05:05Z", "pool": "pool", "from": 2, "to": 3} | move
+    )
+    path = tmp_path / "tier.yaml"
+    path.write_text(yaml.safe_dump(tier))
+    said = run("-f", str(path)).output
+    assert "1 of them lent or on their way, and 2 borrowed of other tiers" in said
+    assert (
+        "engine batch-pool-x came, engines that serve 2 → 3 (Borrowed): chat needs 3 engines and has 2."
+        in said
+    )
 
 
 def test_conditions_that_are_well_are_left_out(tier_file):

@@ -134,6 +134,42 @@ def test_a_pool_without_pods_is_zero_only_by_the_routers_word():
     assert all(isinstance(getattr(load, name), Unknown) for name in SIGNALS)
 
 
+@pytest.mark.parametrize(("held", "of_both"), [(59.0, True), (60.0, False), (None, False)])
+def test_what_an_engine_counted_for_two_tiers_counts_for_neither(held, of_both):
+    """Its gauges are of now, and count."""
+    whole = window([scan(NOW - 60 + 15 * i, 10.0 * i, running=3.0) for i in range(5)])
+    there = PoolTargets(
+        "pool",
+        PoolRole.AGGREGATED,
+        2,
+        (
+            PodTarget("p0", "10.0.0.1", 8000),
+            PodTarget("p1", "10.0.0.2", 8000, held_since=None if held is None else NOW + 1000 - held),
+        ),
+    )
+    load = pool_load(there, {"p0": whole, "p1": whole}, window=60, now=NOW, ahead=1000)
+    alone = pool_load(pool(1), {"p0": whole}, window=60, now=NOW)
+    assert load.coverage.complete
+    assert load.running == Value(6.0, load.running.age)
+    assert load.request_rate.partial is of_both
+    assert load.request_rate.value == pytest.approx(alone.request_rate.value * (1 if of_both else 2))
+    assert isinstance(load.ttft, Unknown | Histogram | Zero)
+    only = replace(there, pods=there.pods[1:])
+    rate = pool_load(only, {"p1": whole}, window=60, now=NOW, ahead=1000).request_rate
+    if of_both:
+        assert rate == Unknown("came from another tier 59 s ago: what it counted is of both")
+
+
+def test_engines_that_serve_nobody_are_asked_and_count_in_no_load():
+    said = window([scan(NOW - 60 + 15 * i, 10.0 * i, running=3.0) for i in range(5)])
+    tier = TierTargets("llm", "chat", (pool(1),), unheld=(PodTarget("away", "10.0.0.9", 8000),))
+    load = tier_load(tier, {"p0": said, "away": said}, {}, window=60, now=NOW)
+    assert load.pools["serve"].running.value == 3.0
+    assert {name: signal.value for name, signal in load.in_flight.items()} == {"p0": 3.0, "away": 3.0}
+    silent = tier_load(tier, {"p0": said}, {}, window=60, now=NOW)
+    assert silent.in_flight["away"] == Unknown("did not answer")
+
+
 def test_a_lost_scrape_is_forgiven_and_two_are_not():
     scans = [scan(NOW - 60 + 15 * i, 10.0 * i) for i in range(5)]
     assert window([scans[0], scans[1], scans[3], scans[4]]).whole

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from servingtiers.api.spec import PoolScaling, ServingTierSpec
@@ -46,6 +46,7 @@ class Tier:
     complete: bool = True
     share: float = 1.0
     min_replicas: int = 1
+    rolling: bool = False
     memory: PoolMemory = field(default_factory=PoolMemory)
     binding: Binding = Binding.STEADY
     tensor_parallel: int = 1
@@ -102,6 +103,7 @@ def group(
             lent=lent,
             borrowed=borrowed,
             borrowed_share=tier.share,
+            rolling=tier.rolling,
         )
         shared = {
             "name": "p",
@@ -200,6 +202,7 @@ def test_an_idle_engine_goes_over_in_one_step():
         ("the borrower is suspended", {"suspend": True}, {}, {}),
         ("the lender is suspended", {}, {"suspend": True}, {}),
         ("the borrower shares nothing", {"shares": False}, {}, {}),
+        ("the lender's engines are being replaced", {}, {"rolling": True}, {}),
         ("what they have in flight is not known", {}, {}, {"flight": Unknown("no answer")}),
         ("what they have in flight is known in part", {}, {}, {"flight": Value(3.0, partial=True)}),
         ("they are not ready", {}, {}, {"ready": False}),
@@ -468,6 +471,7 @@ def groups(draw: st.DrawFn) -> tuple[Group, tuple[TierDecision, ...]]:
     return group(tiers, engines, limit=draw(st.one_of(st.none(), st.integers(1, 12))))
 
 
+@settings(deadline=None)
 @given(groups())
 def test_promises_hold_in_every_group(case):
     observed, decided = case
@@ -542,6 +546,7 @@ def test_promises_hold_in_every_group(case):
         assert planned <= max(observed.max_accelerators, total)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=10, max_size=60), st.integers(0, 2))
 def test_over_time_engines_move_for_bursts_and_come_home_without_thrash(course, keep):
     """Fifteen seconds a step; ``course`` is what the latency tier needs, and whether everything is seen."""

@@ -157,7 +157,11 @@ def test_every_rule_lets_through_what_it_should_and_refuses_with_its_message(
 ROOT = Path(__file__).parents[2]
 FILES = [
     pytest.param(one["spec"], id=str(path.relative_to(ROOT)))
-    for pattern in ("manifests/examples/*.yaml", "tests/golden/*/tier.yaml")
+    for pattern in (
+        "manifests/examples/*.yaml",
+        "manifests/examples/shared-pool/[cj]*.yaml",
+        "tests/golden/*/tier.yaml",
+    )
     for path in sorted(ROOT.glob(pattern))
     for one in yaml.safe_load_all(path.read_text(encoding="utf-8"))
     if one and one.get("kind") == KIND

@@ -342,5 +342,5 @@ async def test_a_relabel_never_touches_another_pod_of_that_name(control_plane, s
     meta = {key: pod["metadata"][key] for key in ("name", "namespace", "uid", "resourceVersion")}
     for wrong in ({"uid": "00000000-0000-0000-0000-000000000000"}, {"resourceVersion": "1"}):
         body = {"apiVersion": "v1", "kind": "Pod", "metadata": {**meta, **wrong, "labels": {"x": "y"}}}
-        with pytest.raises(Exception, match="409|422"):
+        with pytest.raises(Exception, match=r"409|422"):
             await Cluster.relabel(cluster, body)

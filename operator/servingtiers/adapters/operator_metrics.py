@@ -32,6 +32,10 @@ class PoolGauges:
     """Share of the load that the ready replicas carry within the SLO, 1 = full."""
     running: float | None = None
     waiting: float | None = None
+    lent: int | None = None
+    """Ready replicas that do not serve the tier; None: it is in no TierPool."""
+    borrowed: int | None = None
+    """Engines of other tiers that do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,11 @@ _GAUGES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     ),
     "servingtiers_pool_replicas_desired": ("Replicas that the operator decided on.", _POOL),
     "servingtiers_pool_replicas_ready": ("Replicas that are ready.", _POOL),
+    "servingtiers_pool_engines_lent": (
+        "Ready replicas that serve another tier, or are on their way there or back.",
+        _POOL,
+    ),
+    "servingtiers_pool_engines_borrowed": ("Engines of other tiers that serve this one.", _POOL),
     "servingtiers_pool_utilization_ratio": (
         "Load of the pool over what its ready replicas carry within the SLO; 1 is full.",
         _POOL,
@@ -222,6 +231,8 @@ class OperatorMetrics(Collector):
             for pool in tier.pools:
                 show("servingtiers_pool_replicas_desired", pool.desired, *key, pool.name)
                 show("servingtiers_pool_replicas_ready", pool.ready, *key, pool.name)
+                show("servingtiers_pool_engines_lent", pool.lent, *key, pool.name)
+                show("servingtiers_pool_engines_borrowed", pool.borrowed, *key, pool.name)
                 show("servingtiers_pool_utilization_ratio", pool.utilization, *key, pool.name)
                 show("servingtiers_pool_requests_running", pool.running, *key, pool.name)
                 show("servingtiers_pool_requests_waiting", pool.waiting, *key, pool.name)

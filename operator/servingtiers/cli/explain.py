@@ -184,6 +184,10 @@ def _pool(pool: PoolStatus) -> Iterator[str]:
     text = f"  {pool.name} ({pool.role}): {pool.ready} ready of {pool.replicas}, wanted {pool.desired}"
     if pool.recommended is not None and pool.recommended != pool.desired:
         text += f", recommended {pool.recommended}"
+    if pool.lent:
+        text += f", {pool.lent} of them lent or on their way"
+    if pool.borrowed:
+        text += f", and {pool.borrowed} borrowed of other tiers"
     if pool.scale_target_ref is not None:
         text += f"; an HPA may target {pool.scale_target_ref.kind} {pool.scale_target_ref.name}"
     yield text
@@ -241,6 +245,10 @@ def _decisions(status: ServingTierStatus) -> Iterator[str]:
             else "stays"
         )
         acted = "" if each.acted else ", not carried out"
-        yield f"  {each.time}  {each.pool} {move} ({each.binding}{acted}): {each.reason}"
+        subject = each.pool
+        if each.engine is not None:
+            came = each.to_replicas > each.from_replicas
+            subject = f"engine {each.engine} {'came' if came else 'left'}, engines that serve"
+        yield f"  {each.time}  {subject} {move} ({each.binding}{acted}): {each.reason}"
         if each.would_change:
             yield f"      what would change it: {each.would_change}"

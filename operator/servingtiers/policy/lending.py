@@ -428,6 +428,8 @@ def _offers(book: _Book, borrower: _Member) -> Iterator[tuple[tuple[int, int], _
             continue
         if not _known(engine.in_flight):
             continue
+        if home.facts.rolling:  # some of its engines are still of another plan than what the members agree on
+            continue
         if not seat.at_home:
             yield (
                 (2, holder.priority),
@@ -444,7 +446,7 @@ def _offers(book: _Book, borrower: _Member) -> Iterator[tuple[tuple[int, int], _
 
 def _surplus(book: _Book, member: _Member) -> int:
     """Return how many of its own engines a tier does not need; 0 where that is not known."""
-    if member.needed is None or not member.seen_whole or member.terms is None:
+    if member.needed is None or not member.seen_whole or member.terms is None or member.facts.rolling:
         return 0
     spare = math.floor(book.capacity(member) + 1e-9) - member.needed
     return max(0, min(spare, book.kept(member.key) - member.terms.min_keep))
