@@ -453,6 +453,12 @@ def test_only_the_operator_may_say_whom_an_engine_serves(plane):
         **merge,
     )
     assert lent["metadata"]["labels"]["route.servingtiers.io/tier"] == "batch"
+    container = lent["spec"]["containers"][0]["name"]
+    image = {"spec": {"containers": [{"name": container, "image": "other"}]}}
+    with pytest.raises(ApiError, match="changes labels and annotations of pods only"):
+        theirs.request(
+            "PATCH", f"{pods}/{engine}", image, content_type="application/strategic-merge-patch+json"
+        )
 
     # A namespace that this release does not watch is none of its business.
     assert not denied("POST", f"/api/v1/namespaces/{other}/pods", pod("free", route))
