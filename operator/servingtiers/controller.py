@@ -296,7 +296,7 @@ class Controller:
             self._states.pop(key)
             self._by_label.pop((key[0], names.slug(key[1])), None)
         members = self.store.members(key)
-        if not members:
+        if not members and key not in self.store.pools:
             self._moving.discard(key)
             self.queue.forget(key)
             return None
@@ -305,12 +305,11 @@ class Controller:
             return _BUSY_SECONDS
         self._busy |= keys
         try:
-            return await self._reconcile(members)
+            return await self._reconcile(group_of(members[0][1]) if members else key, members)
         finally:
             self._busy -= keys
 
-    async def _reconcile(self, members: Sequence[tuple[Key, JsonObject]]) -> float:
-        group = group_of(members[0][1])
+    async def _reconcile(self, group: Key, members: Sequence[tuple[Key, JsonObject]]) -> float:
         states = [self._state(key) for key, _ in members]
         seen = [
             await self._gather(key, raw, state) for (key, raw), state in zip(members, states, strict=True)

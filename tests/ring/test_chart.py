@@ -126,6 +126,8 @@ _ALWAYS_IDLE = {
     ("servingtiers.io/servingtiers/finalizers", "update"),
     # Read only when a write met an object that had changed in the same instant.
     ("servingtiers.io/servingtiers", "get"),
+    ("servingtiers.io/tierpools", "get"),
+    ("pods", "get"),
 }
 IDLE = {
     # In the way of a name are only kinds that are created; the others are read alone after such an instant.
@@ -136,7 +138,7 @@ IDLE = {
         ("rbac.authorization.k8s.io/rolebindings", "get"),
     },
     # Held to be granted: nobody may give the routers what he does not have.
-    "overlays/per-tier-accounts": _ALWAYS_IDLE | {("pods", "get")},
+    "overlays/per-tier-accounts": _ALWAYS_IDLE,
     # Binding is no request of its own: without it the API server refuses to create the routers' RoleBinding.
     "overlays/cluster": _ALWAYS_IDLE
     | {
@@ -199,6 +201,38 @@ async def _installed_operator(kubeconfig: Path, kustomization: str) -> AsyncIter
         await asyncio.wait_for(task, 15)
 
 
+async def _lend(space: Namespace) -> None:
+    """Let a TierPool say that it has no members, and an engine that serves nobody we know be called home."""
+    pools = f"/apis/servingtiers.io/v1alpha1/namespaces/{INSTALLED}/tierpools"
+    pool = {
+        "apiVersion": "servingtiers.io/v1alpha1",
+        "kind": "TierPool",
+        "metadata": {"name": "llama"},
+        "spec": {"servedModelName": "llama"},
+    }
+    await asyncio.to_thread(space.connection.request, "POST", pools, pool)
+    await eventually(
+        lambda: space.connection.request("GET", f"{pools}/llama").get("status", {}).get("conditions"),
+        what="status of the TierPool",
+    )
+    pods = f"/api/v1/namespaces/{INSTALLED}/pods"
+    query = f"{pods}?labelSelector=app.kubernetes.io%2Fcomponent%3Dengine"
+    found = await eventually(lambda: space.connection.request("GET", query)["items"], what="an engine's pod")
+    name = found[0]["metadata"]["name"]
+    merge = {"content_type": "application/merge-patch+json"}
+    ready = [{"type": kind, "status": "True"} for kind in ("PodScheduled", "Ready", "ContainersReady")]
+    status = {"status": {"phase": "Running", "podIP": "127.0.0.1", "conditions": ready}}
+    label = {"metadata": {"labels": {"route.servingtiers.io/tier": "elsewhere"}}}
+    await asyncio.to_thread(space.connection.request, "PATCH", f"{pods}/{name}", label, **merge)
+    await asyncio.to_thread(space.connection.request, "PATCH", f"{pods}/{name}/status", status, **merge)
+
+    def called() -> bool:
+        labels = space.connection.request("GET", f"{pods}/{name}")["metadata"]["labels"]
+        return labels.get("route.servingtiers.io/tier") != "elsewhere"
+
+    await eventually(called, what="the engine is called home")
+
+
 async def _exercise(plane: ControlPlane, kubeconfig: Path, kustomization: str) -> None:
     """Lead the operator through everything that a cluster can do to it."""
     space = Namespace(plane.connection(), INSTALLED)
@@ -229,6 +263,7 @@ async def _exercise(plane: ControlPlane, kubeconfig: Path, kustomization: str) -
         await eventually(
             lambda: space.connection.request("GET", pods)["items"], what="router pods", seconds=30
         )
+        await _lend(space)
         for kind in CHILDREN:
             await asyncio.to_thread(space.connection.request, "POST", path(kind), _stray(created, kind))
         await eventually(
@@ -273,7 +308,8 @@ def _helm(plane: ControlPlane, *arguments: str, values: dict | None = None) -> s
 async def test_install_upgrade_uninstall_and_install_again(plane):
     """Notes tell the next step, pods fit a restricted namespace, an upgrade touches no tier, an uninstall neither."""
     helm()
-    plane.kubectl("delete", "crd", "servingtiers.servingtiers.io", "--ignore-not-found")
+    crds = ("servingtiers.servingtiers.io", "tierpools.servingtiers.io")
+    plane.kubectl("delete", "crd", *crds, "--ignore-not-found")
     name = plane.create_namespace("helm-llm", RESTRICTED)
     space = Namespace(plane.connection(), name)
     options = ("servingtiers", CHART, "--namespace", name)
