@@ -158,6 +158,11 @@ class _Member:
         return self.decision.needed
 
     @property
+    def before(self) -> PoolMemory:
+        """What was remembered before this pass; scaling need not know of lending's part of it."""
+        return self.observation.memory.get(self.facts.name, PoolMemory())
+
+    @property
     def memory(self) -> PoolMemory:
         return self.decided.memory.get(self.facts.name, PoolMemory())
 
@@ -318,7 +323,7 @@ def _note_spare(book: _Book, member: _Member) -> None:
     if book.capacity(member) - member.facts.borrowed_share < needed:
         return
     since, peak = to_time(book.now), needed
-    memory = member.memory
+    memory = member.before
     if memory.spare_since is not None and from_time(memory.spare_since) <= book.now:
         watched = member.observation.watching_since
         if watched is None or from_time(memory.spare_since) >= watched:
@@ -478,7 +483,7 @@ def _after_moves(book: _Book, member: _Member, reserved: dict[str, int]) -> Tier
         decision = _stops(book, member, reserved)
     since, peak = book.spare.get(member.key, (None, None))
     update: dict[str, str | int | None] = {"spare_since": since, "spare_peak": peak}
-    before = member.observation.memory.get(member.facts.name, PoolMemory())
+    before = member.before
     if ahead > 0 and decision.desired <= decision.current:
         update["last_scale_up"] = before.last_scale_up
     elif ahead < 0 and decision.desired >= decision.current:
@@ -571,8 +576,8 @@ def _within_accelerators(book: _Book, tiers: tuple[TierDecision, ...]) -> tuple[
         short = f"{wanted} more are wanted, the pool's maxAccelerators {limit} leaves room for {granted}"
         memory = tiers[i].memory
         if not granted:
-            before = member.observation.memory.get(member.facts.name, PoolMemory())
-            kept = memory[member.facts.name].model_copy(update={"last_scale_up": before.last_scale_up})
+            last = member.before.last_scale_up
+            kept = memory[member.facts.name].model_copy(update={"last_scale_up": last})
             memory = memory | {member.facts.name: kept}
         held_back = replace(
             decision,
