@@ -121,6 +121,7 @@ def shared_engines(
     tiers: Iterable[str],
     in_flight: Mapping[str, tuple[Signal, float]],
     *,
+    sharing: bool,
     now: float,
 ) -> tuple[SharedEngine, ...]:
     """Return the engines of one tier as lending sees them.
@@ -131,6 +132,8 @@ def shared_engines(
         pods: Its pods.
         tiers: Names of all members.
         in_flight: Pod to what it has in flight and how long ago that was read.
+        sharing: Whether the tier is in a TierPool. In one that is not, only engines that were moved by the operator are
+            its to call home: what somebody else has labelled is his.
         now: Unix time, seconds.
     """
     key_of = {names.slug(tier): f"{namespace}/{tier}" for tier in tiers}
@@ -144,6 +147,8 @@ def shared_engines(
         if meta.get("labels", {}).get(names.COMPONENT_LABEL) != names.ENGINE:
             continue
         moved = moved_at(pod)
+        if moved is None and not sharing:
+            continue
         signal, read = in_flight.get(meta["name"], (Unknown("not measured"), 0.0))
         if isinstance(signal, Value | Zero):
             signal = replace(signal, age=signal.age + read)

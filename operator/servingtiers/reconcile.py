@@ -277,6 +277,7 @@ def _engines(look: _Accepted, accepted: Sequence[_Accepted], observed: Observed)
         look.member.pods,
         [other.tier.metadata.name for other in accepted],
         flights,
+        sharing=look.tier.spec.shared_pool is not None,
         now=observed.now,
     )
 

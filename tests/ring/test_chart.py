@@ -222,7 +222,8 @@ async def _lend(space: Namespace) -> None:
     merge = {"content_type": "application/merge-patch+json"}
     ready = [{"type": kind, "status": "True"} for kind in ("PodScheduled", "Ready", "ContainersReady")]
     status = {"status": {"phase": "Running", "podIP": "127.0.0.1", "conditions": ready}}
-    label = {"metadata": {"labels": {"route.servingtiers.io/tier": "elsewhere"}}}
+    moved = {"servingtiers.io/moved-at": "2026-01-01T00:00:00Z"}
+    label = {"metadata": {"labels": {"route.servingtiers.io/tier": "elsewhere"}, "annotations": moved}}
     await asyncio.to_thread(space.connection.request, "PATCH", f"{pods}/{name}", label, **merge)
     await asyncio.to_thread(space.connection.request, "PATCH", f"{pods}/{name}/status", status, **merge)
 

@@ -315,6 +315,28 @@ async def test_leaving_the_pool_calls_engines_home(control_plane, stage):
     assert [pair for pair in await stage.holders() if pair[0] != pair[1]] == []
 
 
+async def test_an_engine_that_somebody_labelled_by_hand_outside_of_a_pool_is_left_alone(control_plane, stage):
+    """To look at an engine in peace, take its label off: no operator fights over it."""
+    space, cluster = stage
+    stage = Stage(control_plane, space)
+    stage.cluster = cluster
+    stage.controller = stage.fresh()
+    space.create(tier("chat"))
+    stage.script.running["chat"] = 1.0
+    await stage.settle()
+    (engine,) = [
+        pod["metadata"]["name"]
+        for pod in await stage.pods()
+        if pod["metadata"]["labels"][names.COMPONENT_LABEL] == names.ENGINE
+    ]
+    for label in ("elsewhere", None):
+        change = {"metadata": {"labels": {names.ROUTE_TIER_LABEL: label}}}
+        await stage.request("PATCH", PODS + f"/{engine}", None, change)
+        await stage.settle(seconds=60.0)
+        pod = await stage.request("GET", PODS + f"/{engine}")
+        assert pod["metadata"]["labels"].get(names.ROUTE_TIER_LABEL) == label
+
+
 async def test_a_member_that_differs_is_told_and_nothing_of_it_is_touched(control_plane, stage):
     space, cluster = stage
     stage, _, _ = await play(control_plane, space, cluster)
