@@ -41,6 +41,8 @@ def _tier(name, replicas):
         name,
         "Balanced",
         replicas=(replicas, replicas),
+        # What the simulator does exactly; the others depend on what the router sees at the moment.
+        router={"replicas": 1, "policy": "round_robin"},
         engine_settings=engine(
             batch=ENGINE.max_num_seqs,
             arguments={"block-size": str(ENGINE.block_size)},
