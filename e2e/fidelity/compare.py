@@ -30,6 +30,8 @@ class Engine:
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    async_scheduling: bool = False
+    """vLLM switches it off on CPUs (``platforms/cpu.py``)."""
 
 
 def step_model(profile: Profile) -> GridStepModel:
@@ -63,6 +65,7 @@ def simulated(
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
             block_size=engine.block_size,
+            async_scheduling=engine.async_scheduling,
         ),
         replicas,
         Routing.ROUND_ROBIN,

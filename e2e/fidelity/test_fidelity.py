@@ -129,6 +129,7 @@ async def test_the_simulator_says_what_a_real_engine_does(product, kube, figures
             max_num_seqs=ENGINE.max_num_seqs,
             max_num_batched_tokens=ENGINE.max_num_batched_tokens,
             block_size=ENGINE.block_size,
+            async_scheduling=ENGINE.async_scheduling,
         ),
     )
     capacity = sustainable_rate(
