@@ -19,8 +19,10 @@ import pytest
 
 from fidelity.compare import Engine, rows, simulated, step_model, verdicts
 from fidelity.page import write
+from harness.existing import ExistingCluster
 from harness.kube import pod_ready, wait_for
 from harness.tiers import engine, tier
+from onenode import images as built
 from servingtiers.performance.engine_sim import EngineConfig, PoolConfig, sustainable_rate
 from servingtiers.performance.profile import load_profile
 from servingtiers.performance.workload import Workload
@@ -33,6 +35,8 @@ REPEATS = int(os.environ.get("REPEATS", "2"))
 SHARES = (0.15, 0.25, 0.35, 0.45, 0.55, 0.62, 0.7, 0.78)
 """Load points: shares of what the simulator says one engine sustains."""
 TRACE, FROM, LENGTHS, VOCABULARY = "azure-conv", 600, 0.1, 370
+MODEL, LAYERS, HEADS = "small", 6, 12
+"""Large enough for steps to take longer than what HTTP does for each token: 9 million parameters."""
 ENGINE = Engine(max_num_seqs=8, max_num_batched_tokens=1024, block_size=32)
 
 
@@ -41,6 +45,7 @@ def _tier(name, replicas):
         name,
         "Balanced",
         replicas=(replicas, replicas),
+        model={"name": MODEL, "source": {"persistentVolumeClaim": {"claimName": "models", "path": MODEL}}},
         # What the simulator does exactly; the others depend on what the router sees at the moment.
         router={"replicas": 1, "policy": "round_robin"},
         engine_settings=engine(
@@ -66,7 +71,7 @@ async def _servingtiers(*arguments):
 async def _replay(url, scale, tmp_path):
     record = tmp_path / "requests.jsonl"
     out, _ = await _servingtiers(
-        *("bench", "--url", url, "--model", "tiny", "--trace", TRACE, "--scale", f"{scale:.4f}"),
+        *("bench", "--url", url, "--model", MODEL, "--trace", TRACE, "--scale", f"{scale:.4f}"),
         *("--from", str(FROM), "--to", str(FROM + SECONDS), "--length-scale", str(LENGTHS)),
         *("--vocabulary", str(VOCABULARY), "--record", str(record), "--quiet", "-o", "json"),
     )
@@ -103,14 +108,17 @@ def test_nothing_is_compared_by_accident(case):
     assert found["ttftMs", "p99"] is True
 
 
-async def test_the_simulator_says_what_a_real_engine_does(product, kube, figures, tmp_path):
+async def test_the_simulator_says_what_a_real_engine_does(product, cluster, kube, figures, tmp_path):
+    if isinstance(cluster, ExistingCluster):
+        pytest.skip("the model of this study is made on the node")
+    built.model(cluster.places, MODEL, LAYERS, HEADS)
     kube.apply(_tier("one", 1))
     kube.wait_ready("one", seconds=300)
     (pod,) = kube.engines("one")
     url = kube.pod_url(pod)
     begun = time.monotonic()
     _, said = await _servingtiers(
-        *("profile", "--url", url, "--model", "tiny", "--vocabulary", str(VOCABULARY), "-o", str(PROFILE)),
+        *("profile", "--url", url, "--model", MODEL, "--vocabulary", str(VOCABULARY), "-o", str(PROFILE)),
         *(part for batch in (1, 2, 4, 8) for part in ("--batch", str(batch))),
         *("--context", "128", "--context", "256", "--context", "512"),
         *(part for tokens in (32, 64, 128, 256, 512, 900) for part in ("--prompt-tokens", str(tokens))),

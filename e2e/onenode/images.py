@@ -273,17 +273,17 @@ class Images:
         )
 
 
-def model(places: Places) -> Path:
-    """Return the folder of the tiny random model, made by the engine's own libraries where it is not there yet."""
-    folder = places.model / "tiny"
+def model(places: Places, name: str = "tiny", layers: int = 2, heads: int = 4) -> Path:
+    """Return the folder of a tiny random model, made by the engine's own libraries where it is not there yet."""
+    folder = places.model / name
     if not folder.exists():
         places.model.mkdir(parents=True, exist_ok=True)
         script = Path(__file__).parent.parent / "tools" / "make_tiny_model.py"
         python = programs.engine(places) / "bin" / "python"
         run_with_progress(
-            [str(python), str(script), str(folder)],
+            [str(python), str(script), str(folder), str(layers), str(heads)],
             progress=say,
-            doing="making a tiny model",
+            doing=f"making the model {name}",
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
         # Engines run as another user.
