@@ -142,7 +142,8 @@ def product(
 
 
 def _remove_tiers(kube: Kube) -> None:
-    kube.run("delete", "servingtiers,tierpools", "--all", "--ignore-not-found", check=False)
+    for kind in ("servingtiers", "tierpools"):
+        kube.run("delete", kind, "--all", "--ignore-not-found", check=False)
     wait_for("tiers' Deployments gone", 60, lambda: not kube.listed("deployments", "servingtiers.io/tier"))
     # Engines drain for as long as they may; nobody asks anything of them any more.
     kube.run(

@@ -37,7 +37,7 @@ def page(results: dict[str, Any]) -> str:
         "with nothing but a profile that `servingtiers profile` made of that engine a few minutes before.",
         "",
         (
-            f"**What was run.** vLLM's CPU build serving a random Llama of 9 million parameters ({engine['profile']}), `--max-num-seqs"
+            f"**What was run.** vLLM's CPU build serving a random Llama of 7.7 million parameters ({engine['profile']}), `--max-num-seqs"
             f" {engine['max_num_seqs']}`, `--max-num-batched-tokens {engine['max_num_batched_tokens']}`, blocks of"
             f" {engine['block_size']}. `servingtiers bench` replayed {trace['seconds']:.0f} s of {trace['name']} from"
             f" {trace['from']} s on, lengths × {trace['lengthScale']} (mean {results['lengths']['prompt']} prompt and"

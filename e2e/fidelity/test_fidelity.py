@@ -36,7 +36,7 @@ SHARES = (0.15, 0.25, 0.35, 0.45, 0.55, 0.62, 0.7, 0.78)
 """Load points: shares of what the simulator says one engine sustains."""
 TRACE, FROM, LENGTHS, VOCABULARY = "azure-conv", 600, 0.1, 370
 MODEL, LAYERS, HEADS = "small", 6, 12
-"""Large enough for steps to take longer than what HTTP does for each token: 9 million parameters."""
+"""Large enough for steps to take longer than what HTTP does for each token: 7.7 million parameters."""
 ENGINE = Engine(max_num_seqs=8, max_num_batched_tokens=1024, block_size=32)
 
 
