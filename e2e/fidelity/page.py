@@ -1,4 +1,4 @@
-"""Writes docs/explanation/fidelity.md from a result file: ``python -m fidelity.page [RESULTS]``."""
+"""Writes docs/explanation/fidelity.md from the results beside this file: ``python -m fidelity.page [FILE]``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 from fidelity.compare import LIMIT, Row, rows, verdicts
 
-__all__ = ["page", "write"]
+__all__ = ["RESULTS", "page", "write"]
+
+RESULTS = Path(__file__).parent / "results.json"
 
 PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "fidelity.md"
 _NAMES = {"ttftMs": "TTFT", "tpotMs": "TPOT", "e2eMs": "E2E"}
@@ -118,10 +120,10 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(results: Path) -> None:
-    """Write the page of a result file."""
-    PAGE.write_text(page(json.loads(results.read_text())), encoding="utf-8")
+def write(to: Path = PAGE) -> None:
+    """Write the page of the results that are there."""
+    to.write_text(page(json.loads(RESULTS.read_text())), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results.json")
+    write(*map(Path, sys.argv[1:]))

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from fidelity.compare import Engine, rows, simulated, step_model, verdicts
-from fidelity.page import write
+from fidelity.page import RESULTS, write
 from harness.existing import ExistingCluster
 from harness.kube import pod_ready, wait_for
 from harness.tiers import engine, tier
@@ -28,7 +28,6 @@ from servingtiers.performance.profile import load_profile
 from servingtiers.performance.workload import Workload
 from servingtiers.simulate.traces import load_trace
 
-RESULTS = Path(__file__).parent / "results.json"
 PROFILE = Path(__file__).parent / "profile.csv"
 SECONDS = float(os.environ.get("SECONDS", "60"))
 REPEATS = int(os.environ.get("REPEATS", "2"))
@@ -206,7 +205,7 @@ async def test_the_simulator_says_what_a_real_engine_does(product, cluster, kube
         "points": list(points.values()),
     }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write(RESULTS)
+    write()
     made = verdicts(rows(results["points"]))
     for verdict in made:
         figures(
