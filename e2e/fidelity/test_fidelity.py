@@ -88,25 +88,6 @@ def _processor():
         return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
-@pytest.mark.parametrize("case", ["one engine"])
-def test_nothing_is_compared_by_accident(case):
-    """The criterion is computed from figures that it can miss."""
-    point = {
-        "case": case,
-        "load": 1.0,
-        "runs": [
-            {
-                "measured": {m: {"p50": 10.0, "p99": 20.0} for m in ("ttftMs", "tpotMs", "e2eMs")},
-                "simulated": {m: {"p50": 13.0, "p99": 21.0} for m in ("ttftMs", "tpotMs", "e2eMs")},
-            }
-        ]
-        * 2,
-    }
-    found = {(each.metric, each.percentile): each.kept for each in verdicts(rows([point]))}
-    assert found["ttftMs", "p50"] is False
-    assert found["ttftMs", "p99"] is True
-
-
 async def test_the_simulator_says_what_a_real_engine_does(product, cluster, kube, figures, tmp_path):
     if isinstance(cluster, ExistingCluster):
         pytest.skip("the model of this study is made on the node")
