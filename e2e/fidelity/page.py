@@ -46,7 +46,7 @@ def page(results: dict[str, Any]) -> str:
             f" {results['lengths']['output']} output tokens), at shares of the {results['capacity']} requests/s that the simulator"
             " says one engine sustains; each point"
             f" {len(results['points'][0]['runs'])} times. Network, HTTP and client cost {results['overheadMs']} ms a request in the"
-            " profile; the simulator adds that before each request, and nothing else. The router takes two engines in turn."
+            " profile (a request after a pause, the median); the simulator adds that before each request, and nothing else. The router takes two engines in turn."
         ),
         "",
         (

@@ -107,7 +107,7 @@ async def test_the_simulator_says_what_a_real_engine_does(product, cluster, kube
     )
     profiled = time.monotonic() - begun
     profile = load_profile(PROFILE)
-    comments = [line for line in PROFILE.read_text().splitlines() if line.startswith("# overhead:")]
+    comments = [line for line in PROFILE.read_text().splitlines() if line.startswith("# request:")]
     overhead = float(comments[0].split()[2])
 
     whole = load_trace(TRACE, start=FROM, end=FROM + SECONDS).lengthened(LENGTHS)
@@ -152,8 +152,37 @@ async def test_the_simulator_says_what_a_real_engine_does(product, cluster, kube
                 + f" (measured/simulated); {run['tokensPerSecond']:.0f}/{found['tokensPerSecond']:.0f} tokens/s"
             )
 
+    def save():
+        """Write what there is: a study that is broken off has its first half."""
+        results = {
+            "measured": time.strftime("%Y-%m-%d"),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "load": [round(each, 1) for each in os.getloadavg()],
+            "python": platform.python_version(),
+            "commit": _commit(),
+            "trace": {"name": TRACE, "from": FROM, "seconds": SECONDS, "lengthScale": LENGTHS},
+            "lengths": {
+                "prompt": round(float(whole.prompt.mean()), 1),
+                "output": round(float(whole.output.mean()), 1),
+            },
+            "engine": {
+                **{name: getattr(ENGINE, name) for name in Engine.__slots__},
+                "profile": profile.describe(),
+            },
+            "profileSeconds": round(profiled),
+            "profileLeftOut": [line for line in said.splitlines() if line.startswith("left out")],
+            "overheadMs": overhead,
+            "capacity": round(capacity, 2),
+            "points": list(points.values()),
+        }
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        write()
+        return results
+
     for round_ in range(REPEATS):
         await measure("one engine", url, 1, round_)
+        results = save()
     kube.delete("servingtier", "one")
     wait_for("the engine gone", 120, lambda: not kube.listed("pods", "servingtiers.io/tier=one"))
     kube.apply(_tier("two", 2))
@@ -162,31 +191,7 @@ async def test_the_simulator_says_what_a_real_engine_does(product, cluster, kube
     await asyncio.sleep(5)
     for round_ in range(REPEATS):
         await measure("two engines behind the router", kube.service_url("two"), 2, round_)
-
-    results = {
-        "measured": time.strftime("%Y-%m-%d"),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "load": [round(each, 1) for each in os.getloadavg()],
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "trace": {"name": TRACE, "from": FROM, "seconds": SECONDS, "lengthScale": LENGTHS},
-        "lengths": {
-            "prompt": round(float(whole.prompt.mean()), 1),
-            "output": round(float(whole.output.mean()), 1),
-        },
-        "engine": {
-            **{name: getattr(ENGINE, name) for name in Engine.__slots__},
-            "profile": profile.describe(),
-        },
-        "profileSeconds": round(profiled),
-        "profileLeftOut": [line for line in said.splitlines() if line.startswith("left out")],
-        "overheadMs": overhead,
-        "capacity": round(capacity, 2),
-        "points": list(points.values()),
-    }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write()
+        results = save()
     made = verdicts(rows(results["points"]))
     for verdict in made:
         figures(

@@ -29,6 +29,8 @@ __all__ = ["VOCABULARY", "EngineProfiler", "Grid", "Measured", "ProfilingError",
 
 _WARM_STEPS = 4
 """Steps at the beginning and the end of a window that are not counted: the batch is not complete there."""
+_SEPARATE = 15
+"""Requests with pauses between them that tell what a request costs as users send them."""
 _LEAST_STEPS = 8
 """Steps a window must hold."""
 _BLOCK = 64
@@ -78,7 +80,7 @@ class Grid:
         """How many requests measuring all of it takes, at most."""
         decode = len(self.contexts) * (max(self.batches) + 2 * sum(self.batches))
         mixed = len(self.contexts) * (2 * self.middle_batch + self.repeats) if self.mixed else 0
-        return self.repeats * (len(self.prompts) + 1) + 1 + decode + mixed
+        return self.repeats * (len(self.prompts) + 1) + 1 + decode + mixed + _SEPARATE
 
     @property
     def middle_batch(self) -> int:
@@ -99,6 +101,9 @@ class Measured:
     """Such as ``vLLM 0.24.0``."""
     overhead_ms: float
     """Network, HTTP and client, of one request: subtracted from prefill times, cancelled in decode times."""
+    request_ms: float
+    """The same of a request that comes after a pause, as users' requests do: processes have to wake up for it. The
+    median, where ``overhead_ms`` is the least: prefill times are least ones, too."""
     client_busy: float
     """Largest share of a processor that this client took at one point, 0 to 1: near 1 it measured itself."""
     requests: int
@@ -247,6 +252,7 @@ class EngineProfiler:
 
         lone = min((row.ms for row in rows if row.batch == 1), default=0.0)
         overhead = await self._overhead(rows, grid.repeats)
+        separate = await self._separate(lone)
         for tokens in sorted(set(grid.prompts)):
             if tokens > step_budget:
                 left_out.append(f"prefill, {tokens} tokens: more than a step of {step_budget}")
@@ -262,7 +268,10 @@ class EngineProfiler:
             found, missed = await self._all_mixed(rows, grid, step_budget, longest)
             rows += found
             left_out += missed
-        return Measured(tuple(rows), tuple(left_out), capacity, engine, overhead, self._busy, self._sent)
+        return Measured(
+            *(tuple(rows), tuple(left_out), capacity, engine, overhead, max(separate, overhead)),
+            *(self._busy, self._sent),
+        )
 
     # -- points -------------------------------------------------------------------------------------------
     async def _decode(
@@ -303,6 +312,15 @@ class EngineProfiler:
         if lone is None:
             lone = min((row.ms for row in rows), default=first)
         return max(first - lone, 0.0)
+
+    async def _separate(self, lone_ms: float) -> float:
+        """Return what a request costs beside its step when it comes after a pause, ms: the median."""
+        found = []
+        for _ in range(_SEPARATE):
+            await asyncio.sleep(self._draw.uniform(0.05, 0.2))
+            stream = await self._complete(self._prompt(1), 1)
+            found.append(1e3 * (stream.progress()[0][0] - stream.sent))
+        return max(median(found) - lone_ms, 0.0)
 
     async def _fastest_first_token(self, tokens: int, repeats: int) -> float:
         """Return the least time to the first token of a new prompt on an idle engine, seconds."""

@@ -131,7 +131,8 @@ def command(
     output.write_text(text, encoding="utf-8")
     click.echo(
         f"{output}: {len(measured.rows)} steps from {measured.requests} requests; network, HTTP and client take "
-        f"{measured.overhead_ms:.1f} ms a request, subtracted from prefill times and absent from decode times",
+        f"{measured.overhead_ms:.1f} ms a request, subtracted from prefill times and absent from decode times; "
+        f"{measured.request_ms:.1f} ms after a pause",
         err=True,
     )
     if measured.client_busy > _BUSY:
@@ -184,6 +185,9 @@ def profile_csv(measured: Measured, model: str) -> str:
     text.write(f"# measured: {datetime.now(UTC):%Y-%m-%d} over HTTP, {measured.requests} requests\n")
     text.write(
         f"# overhead: {measured.overhead_ms:.2f} ms of network, HTTP and client, subtracted from prefill times\n"
+    )
+    text.write(
+        f"# request: {measured.request_ms:.2f} ms of the same for a request after a pause, the median\n"
     )
     columns = ["kind", "batch", "context_tokens", "new_tokens", "ms"]
     capacity = measured.kv_capacity_tokens
