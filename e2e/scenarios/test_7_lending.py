@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import random
 import time
 
 import aiohttp
 
 from harness.kube import pod_ready, scrape, total, wait_for
-from harness.tiers import tier
+from harness.tiers import MODEL, engine, tier
 from harness.traffic import Traffic, ask, prompt
 
 ROUTE = "route.servingtiers.io/tier"
@@ -90,3 +92,76 @@ async def test_a_routing_label_lends_an_engine_in_seconds_and_its_successor_is_a
         f"lent engine served the borrower {taken:.1f} s after its label; left within 10 s; successor at home"
     )
     assert taken <= 10
+
+
+async def test_tiers_of_a_pool_lend_an_engine_for_a_burst_and_have_it_back(product, kube, cluster, figures):
+    """No accelerator is free: without lending the burst would wait."""
+    cluster.set_accelerators(2)
+    kube.apply(
+        {
+            "apiVersion": "servingtiers.io/v1alpha1",
+            "kind": "TierPool",
+            "metadata": {"name": "tiny"},
+            "spec": {"servedModelName": MODEL},
+        }
+    )
+
+    def member(name, kind, batch, *, most, **shared):
+        settings = engine(batch=batch, image=product.images["engine"])
+        made = tier(name, kind, replicas=(1, most), engine_settings=settings, cpu_limit="450m")
+        made["spec"]["sharedPool"] = {"name": "tiny", "minKeep": 0, **shared}
+        made["spec"]["model"]["servedName"] = MODEL
+        return made
+
+    chat = member("chat", "Latency", 4, most=2, priority=200, maxBorrowed=1)
+    chat["spec"]["slo"] = {"ttft": {"p99": "1s"}}
+    kube.apply(chat, member("jobs", "Throughput", 8, most=1, priority=10, maxBorrowed=0))
+    kube.wait_ready("chat", "jobs", seconds=300)
+    (lent,) = kube.engines("jobs")
+    name, before = lent["metadata"]["name"], _served(kube, lent)
+    seen: dict[str, float] = {}
+    begun = time.monotonic()
+
+    async def watch():
+        """Note when the engine leaves its home, enters the borrower, first serves it, and is back."""
+        while "home" not in seen:
+            now = time.monotonic() - begun
+            pod = await asyncio.to_thread(kube.get, "pod", name)
+            holder = pod["metadata"]["labels"].get(ROUTE)
+            if holder != "jobs" and "entered" not in seen:
+                seen.setdefault("left", now)
+            if holder == "chat":
+                seen.setdefault("entered", now)
+                if "served" not in seen and await asyncio.to_thread(_served, kube, pod) > before:
+                    seen["served"] = time.monotonic() - begun
+            if holder == "jobs" and "entered" in seen:
+                seen["home"] = now
+            await asyncio.sleep(0.5)
+
+    burst = Traffic(
+        kube.service_url("chat"), rate=3, prompt_tokens=48, output_tokens=640, seed=73, timeout=300
+    )
+    watching = asyncio.create_task(watch())
+    async with burst.running():
+        for _ in range(120):
+            await asyncio.sleep(1)
+            if "served" in seen:
+                break
+        await asyncio.sleep(10)
+        burst.rate = 0
+    ended = time.monotonic() - begun
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(watching, 300)
+    (still,) = kube.engines("jobs")
+    figures(
+        f"engine of jobs left home {seen.get('left', math.nan):.0f} s after the burst began, entered chat"
+        f" {seen.get('entered', math.nan) - seen.get('left', math.nan):.1f} s later and served it"
+        f" {seen.get('served', math.nan) - seen.get('left', math.nan):.1f} s after its release; home"
+        f" {seen.get('home', math.nan) - ended:.0f} s after the burst; {burst.summary()}"
+    )
+    assert seen["served"] - seen["left"] <= 10
+    assert "home" in seen
+    assert burst.failed == []
+    assert still["metadata"]["name"] == name  # its Deployment never noticed
+    async with aiohttp.ClientSession() as session:
+        assert (await ask(session, kube.service_url("jobs"), tokens=4, text=prompt(16, random.Random(7)))).ok
