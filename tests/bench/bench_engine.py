@@ -30,7 +30,9 @@ def main() -> int:
     """Print a row for each case, and whether those at a mean batch of 32 or more meet the targets."""
     shape, gpu = model("meta-llama/Llama-3.1-8B"), accelerator("h100-sxm-80gb")
     pool = PoolConfig(step_model(shape, gpu), EngineConfig(max_num_seqs=256, max_num_batched_tokens=8192))
-    print(f"event simulation of {shape.name} on {gpu.key}, table look-up included, one core, best of 5")
+    print(
+        f"event simulation of {shape.name} on {gpu.key}, table look-up included, one core's processor time, best of 5"
+    )
     print(f"{'prompt':>7}{'output':>8}{'req/s':>7}{'CV':>5}{'batch':>8}{'M steps/s':>11}{'M tokens/s':>12}")
     failed = False
     slowest = [float("inf"), float("inf")]
@@ -42,9 +44,9 @@ def main() -> int:
         for _ in range(6):  # the first also compiles, or loads the compiled code
             requests = draw_requests(workload, 50_000, 0, pool.model)
             state = make_pool(pool)
-            begin = time.perf_counter()
+            begin = time.process_time()  # of this core, whatever else the machine does
             kernel.run_open(state, requests, 1.0, least_loaded=False)
-            fastest = min(fastest, time.perf_counter() - begin)
+            fastest = min(fastest, time.process_time() - begin)
             steps, tokens = int(state.ints[0, kernel.STEPS]), int(requests.output.sum())
             batch = float(state.reals[0, kernel.BATCH_MS] / state.reals[0, kernel.BUSY_MS])
         print(

@@ -106,6 +106,7 @@ def stand_ins() -> None:
             accelerator(key.accelerator),
             key.weights,
             key.tensor_parallel,
+            kv_dtype=key.kv_dtype,
             leave_out=lambda other, key=key: family(other) == family(key),
         )
         candidates = {"roofline": target.grid()}
