@@ -1,4 +1,4 @@
-"""The autoscaler study: the operator's policy against ten rivals and two limits, on one frozen configuration.
+"""The autoscaler study: the operator's policy against fourteen rivals and two limits, on one frozen configuration.
 
 Run ``make bench-autoscaler`` for the quick form (at most 10 minutes), ``python tests/bench/bench_autoscaler.py --full``
 for the whole grid. Results are one JSON object per run in ``build/autoscaler-study.jsonl``; a run that is there and was

@@ -13,7 +13,13 @@ from servingtiers.simulate.fleet import Fleet, run
 from servingtiers.simulate.policies import PodReadings, PoolReadings, TierReadings
 from servingtiers.simulate.rivals import KNOBS, POLICIES, RIVALS, make_policy
 from servingtiers.simulate.rivals.base import Rival, Window
-from servingtiers.simulate.rivals.dynamo import DynamoHybrid, load_step, replica_rps
+from servingtiers.simulate.rivals.dynamo import (
+    DynamoHybrid,
+    DynamoLoad,
+    DynamoThroughput,
+    load_step,
+    replica_rps,
+)
 from servingtiers.simulate.rivals.hpa import (
     Behavior,
     EppKeda,
@@ -26,9 +32,19 @@ from servingtiers.simulate.rivals.hpa import (
     pods_metric,
     value_metric,
 )
+from servingtiers.simulate.rivals.ray import RayServe, ray_desired
 from servingtiers.simulate.rivals.static import StaticByPeak, work_seconds
 from servingtiers.simulate.rivals.windows import AibrixApa, KnativeKpa, apa_step, kpa_step
-from servingtiers.simulate.rivals.wva import CHART, Inferno, QueueModel, WvaV2, v2_capacity, v2_want
+from servingtiers.simulate.rivals.wva import (
+    CHART,
+    Inferno,
+    QueueModel,
+    WvaV1,
+    WvaV2,
+    v1_step,
+    v2_capacity,
+    v2_want,
+)
 
 KEY = ("llm/chat", "pool")
 
@@ -329,6 +345,107 @@ def test_dynamo_waits_for_its_replicas_and_keeps_its_bound(scenario):
     assert ask(policy, scenario, 0.0, calm, replicas=3, ready=2) == 3
     policy.bounds[KEY] = 2
     assert ask(policy, scenario, 5.0, calm, replicas=2) == 2
+
+
+def test_dynamos_throughput_mode_follows_what_was_finished_in_180_seconds(scenario):
+    policy = DynamoThroughput(scenario)
+    context = policy.pools[KEY]
+    late = 200_000
+
+    def at(done: int):
+        totals = {"done": done, "prompt_tokens": 800.0 * done, "output_tokens": 120.0 * done}
+        return reading(pods([60, 60], tokens=[late, late]), **totals)
+
+    assert ask(policy, scenario, 0.0, at(0), replicas=3) == 3  # an interval has to pass
+    assert ask(policy, scenario, 175.0, at(1000), replicas=3) == 3
+    count = round(4.5 * 180 * replica_rps(context, 800.0, 120.0))
+    assert (
+        ask(policy, scenario, 180.0, at(count), replicas=3) == 5
+    )  # 4.5 replicas' worth; queues count for nothing
+    assert ask(policy, scenario, 185.0, reading(None), replicas=5) == 5
+
+
+def test_dynamos_load_mode_moves_by_one_whatever_was_finished(scenario):
+    policy = DynamoLoad(scenario)
+    late = reading(
+        pods([60, 60], tokens=[200_000, 200_000]), done=10**6, prompt_tokens=8e8, output_tokens=1.2e8
+    )
+    calm = reading(pods([1, 1], kv=[1000, 1000]))
+    assert ask(policy, scenario, 0.0, late, replicas=2) == 3
+    assert ask(policy, scenario, 5.0, late, replicas=3, ready=2) == 3
+    assert ask(policy, scenario, 10.0, calm, replicas=2) == 1
+
+
+# --- Ray Serve ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ongoing", "running", "target", "wanted"),
+    [
+        (12.0, 3, 2.0, 6),
+        (7.0, 3, 2.0, 4),
+        (6.0, 3, 2.0, 3),
+        (3.9, 3, 2.0, 2),
+        (0.0, 3, 2.0, 0),
+        (64.0, 1, 32.0, 2),
+    ],
+)
+def test_ray_serve_divides_ongoing_requests_by_its_target(ongoing, running, target, wanted):
+    assert ray_desired(ongoing, running, target) == wanted
+
+
+def test_ray_serve_goes_up_after_30_seconds_and_down_after_600(scenario):
+    policy = RayServe(scenario)
+    busy, idle = reading(pods([5, 5], [1, 1])), reading(pods([1, 1]))
+    wants = [ask(policy, scenario, 5.0 * n, busy, replicas=2) for n in range(8)]
+    assert wants[:6] == [2] * 6
+    assert wants[6] == 6  # 12 ongoing at 2 each, held for more than six ticks of 5 s
+    policy = RayServe(scenario)
+    wants = [ask(policy, scenario, 5.0 * n, idle, replicas=4, ready=2) for n in range(122)]
+    assert wants[:120] == [4] * 120
+    assert wants[120] == 1  # 2 ongoing at 2 each, held for more than 120 ticks
+
+
+def test_ray_serve_starts_counting_anew_when_the_want_turns(scenario):
+    policy = RayServe(scenario)
+    busy, idle = reading(pods([40, 40])), reading(pods([1, 1]))
+    for n in range(6):
+        assert ask(policy, scenario, 5.0 * n, busy, replicas=2) == 2
+    assert ask(policy, scenario, 200.0, idle, replicas=2) == 2
+    assert ask(policy, scenario, 400.0, busy, replicas=2) == 2
+
+
+# --- WVA V1 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("engines", "wanted"),
+    [
+        ([(0.75, 0.0), (0.75, 0.0)], 1),  # spare KV 0.05 < 0.10
+        ([(0.2, 3.0), (0.2, 2.0)], 1),  # spare queue 2.5 < 3
+        ([(0.9, 0.0), (0.2, 0.0)], 0),  # the saturated one is left out; alone the other is not taken away
+        ([(0.85, 0.0), (0.1, 9.0)], 1),  # both are saturated
+        ([(0.5, 0.0), (0.5, 0.0)], 0),  # on one engine 1.0: no spare
+        ([(0.3, 0.5), (0.3, 0.5)], -1),  # on one engine 0.6 and 1: spare 0.2 and 4
+        ([(0.3, 1.5), (0.3, 1.5)], 0),  # on one engine 3 wait: spare 2
+        ([(0.3, 0.0)], 0),
+        ([], 0),
+    ],
+)
+def test_wva_v1_moves_by_one_on_spare_kv_and_queue(engines, wanted):
+    assert v1_step(engines) == wanted
+
+
+def test_wva_v1_waits_in_transition_and_for_its_hpa(scenario):
+    policy = WvaV1(scenario)
+    full = reading(pods([60, 60], kv=[79_000, 79_000]))
+    assert ask(policy, scenario, 0.0, full, replicas=2) == 2  # published 3; the HPA waits 240 s
+    assert policy.published[KEY] == (0.0, 3)
+    assert ask(policy, scenario, 60.0, full, replicas=2) == 2
+    assert policy.published[KEY][1] == 3  # in transition: blocked, not 4
+    for at in range(75, 240, 15):
+        assert ask(policy, scenario, float(at), full, replicas=2) == 2
+    assert ask(policy, scenario, 240.0, full, replicas=2) == 3
 
 
 # --- all ------------------------------------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from servingtiers.simulate.policies import OperatorPolicy, Policy
-from servingtiers.simulate.rivals.dynamo import DynamoHybrid
+from servingtiers.simulate.rivals.dynamo import DynamoHybrid, DynamoLoad, DynamoThroughput
 from servingtiers.simulate.rivals.hpa import EppKeda, HpaConcurrency, HpaWaiting, KedaWaiting
+from servingtiers.simulate.rivals.ray import RayServe
 from servingtiers.simulate.rivals.static import StaticByPeak
 from servingtiers.simulate.rivals.windows import AibrixApa, KnativeKpa
-from servingtiers.simulate.rivals.wva import Inferno, WvaV2
+from servingtiers.simulate.rivals.wva import Inferno, WvaV1, WvaV2
 from servingtiers.simulate.scenario import Scenario
 
 __all__ = ["KNOBS", "POLICIES", "RIVALS", "UNSHARED", "make_policy"]
@@ -29,9 +30,13 @@ RIVALS: dict[str, _Factory] = {
     "epp-keda": EppKeda,
     "knative-kpa": KnativeKpa,
     "aibrix-apa": AibrixApa,
+    "ray-serve": RayServe,
+    "wva-v1": WvaV1,
     "wva-v2": WvaV2,
     "inferno": Inferno,
     "dynamo": DynamoHybrid,
+    "dynamo-throughput": DynamoThroughput,
+    "dynamo-load": DynamoLoad,
 }
 """Name to constructor: ``RIVALS[name](scenario)`` at its defaults, ``RIVALS[name](scenario, knob)`` for sweeps."""
 
@@ -43,9 +48,13 @@ KNOBS: dict[str, tuple[float, ...]] = {
     "epp-keda": (0.3, 0.5, 0.7, 0.9),
     "knative-kpa": (0.15, 0.25, 0.35, 0.5, 0.7),
     "aibrix-apa": (0.1, 0.2, 0.35, 0.5),
+    "ray-serve": (2.0, 8.0, 16.0, 32.0),
+    "wva-v1": (0.1, 0.3, 0.5),
     "wva-v2": (0.4, 0.6, 0.85),
     "inferno": (1.0, 1.25, 1.5, 1.8, 2.2),
     "dynamo": (1.0, 1.15, 1.3, 1.6, 1.9),
+    "dynamo-throughput": (1.0, 1.3, 1.6),
+    "dynamo-load": (0.4, 0.6, 0.8),
 }
 """Values of each rival's main setting for a sweep; the defaults are among them."""
 

@@ -1,4 +1,4 @@
-"""NVIDIA Dynamo's SLA planner in its hybrid mode: throughput scaling sets a lower bound, load scaling moves by one."""
+"""NVIDIA Dynamo's SLA planner: throughput scaling, load scaling, and both (the first a lower bound of the second)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from servingtiers.simulate.policies import PodReadings, PoolReadings
 from servingtiers.simulate.rivals.base import Key, PoolContext, Rival
 from servingtiers.simulate.scenario import Scenario
 
-__all__ = ["DynamoHybrid", "load_step", "replica_rps"]
+__all__ = ["DynamoHybrid", "DynamoLoad", "DynamoThroughput", "load_step", "replica_rps"]
 
 _THROUGHPUT_TICK = 180.0
 _LOAD_TICK = 5.0
@@ -115,18 +115,24 @@ class DynamoHybrid(Rival):
     def __init__(self, scenario: Scenario, margin: float = 1.0) -> None:
         super().__init__(scenario)
         self.margin = margin
+        self.sensitivity = 0.8
         self.bounds: dict[Key, int] = {}
         self.at: dict[Key, tuple[float, PoolReadings]] = {}
 
     def desired(self, key: Key, facts: PoolFacts, now: float) -> tuple[int, str]:
         """Return the load step, not below the throughput bound."""
-        pool, context = self.latest.get(key), self.pools[key]
+        pool = self.latest.get(key)
         if pool is None or pool.pods is None:
             return facts.replicas, "no metrics: skipped"
+        self.tick(key, pool, now)
+        return self.step(key, facts, pool, pool.pods, self.bounds.get(key, 1))
+
+    def tick(self, key: Key, pool: PoolReadings, now: float) -> None:
+        """Set the throughput bound once its interval is over."""
+        context = self.pools[key]
         if key not in self.at:
             self.at[key] = now, pool
         since, before = self.at[key]
-        prompt = pool.prompt_tokens / pool.done if pool.done else context.prompt
         if now - since >= _THROUGHPUT_TICK - 1e-6:
             self.at[key] = now, pool
             count = pool.done - before.done
@@ -136,8 +142,52 @@ class DynamoHybrid(Rival):
                 rate = count / (now - since)
                 best = replica_rps(context, inputs, max(outputs, 1.0))
                 self.bounds[key] = max(1, math.ceil(self.margin * rate / best - 1e-9))
-        lowest = self.bounds.get(key, 1)
+
+    def step(
+        self, key: Key, facts: PoolFacts, pool: PoolReadings, pods: PodReadings, lowest: int
+    ) -> tuple[int, str]:
+        """Return the load step, not below ``lowest``."""
+        context = self.pools[key]
+        prompt = pool.prompt_tokens / pool.done if pool.done else context.prompt
         if facts.ready != facts.replicas:
             return max(facts.replicas, lowest), "waits until all wanted replicas are ready"
-        step = load_step(context, pool.pods, facts.replicas, prompt=float(np.float64(prompt)))
+        step = load_step(
+            context, pods, facts.replicas, prompt=float(np.float64(prompt)), sensitivity=self.sensitivity
+        )
         return max(facts.replicas + step, lowest), f"load {step:+d}, at least {lowest}"
+
+
+class DynamoThroughput(DynamoHybrid):
+    """Dynamo's planner with throughput scaling alone: replicas for the last interval's rate, every 180 s.
+
+    Its profile, prediction and demand are those of the hybrid mode.
+    """
+
+    name = "dynamo-throughput"
+
+    def desired(self, key: Key, facts: PoolFacts, now: float) -> tuple[int, str]:
+        """Return what throughput calls for; before the first interval is over, what there is."""
+        pool = self.latest.get(key)
+        if pool is None or pool.pods is None:
+            return facts.replicas, "no metrics: skipped"
+        self.tick(key, pool, now)
+        return self.bounds.get(key, facts.replicas), "throughput"
+
+
+class DynamoLoad(DynamoHybrid):
+    """Dynamo's planner with load scaling alone, in its SLA mode: one up or one down every 5 s while all are ready."""
+
+    name = "dynamo-load"
+    knob = "scale-down sensitivity"
+
+    def __init__(self, scenario: Scenario, sensitivity: float = 0.8) -> None:
+        super().__init__(scenario)
+        self.sensitivity = sensitivity
+
+    def desired(self, key: Key, facts: PoolFacts, now: float) -> tuple[int, str]:
+        """Return the load step."""
+        del now
+        pool = self.latest.get(key)
+        if pool is None or pool.pods is None:
+            return facts.replicas, "no metrics: skipped"
+        return self.step(key, facts, pool, pool.pods, 1)

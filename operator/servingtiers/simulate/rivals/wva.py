@@ -1,6 +1,6 @@
-"""llm-d's Workload Variant Autoscaler: the V2 token analyzer and the Inferno queueing optimiser.
+"""llm-d's Workload Variant Autoscaler: the V1 saturation rule, the V2 token analyzer and the Inferno queueing optimiser.
 
-Both publish a wanted number that an HPA (AverageValue 1) carries out with the chart's behaviour: stabilisation of
+All publish a wanted number that an HPA (AverageValue 1) carries out with the chart's behaviour: stabilisation of
 240 s up and down, 10 pods per 150 s; the controller ticks every 60 s (chart default).
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from servingtiers.simulate.rivals.base import Key, PoolContext, Rival, Window
 from servingtiers.simulate.rivals.hpa import Behavior, Rate, Stabilizer
 from servingtiers.simulate.scenario import Scenario
 
-__all__ = ["CHART", "Inferno", "QueueModel", "WvaV2", "v2_capacity", "v2_want"]
+__all__ = ["CHART", "Inferno", "QueueModel", "WvaV1", "WvaV2", "v1_step", "v2_capacity", "v2_want"]
 
 CHART = Behavior(
     up_window=240.0,
@@ -28,6 +29,8 @@ CHART = Behavior(
     down=(Rate(10, 150.0, percent=False),),
 )
 _BUCKETS = (100.0, 500.0)
+_V1_KV, _V1_QUEUE = 0.80, 5.0
+"""KV-cache use and waiting requests at which V1 calls an engine saturated."""
 
 
 def v2_capacity(
@@ -142,6 +145,74 @@ class WvaV2(_Published):
             )
         capacity = max(sorted(capacities)[len(capacities) // 2], 1.0)
         return v2_want(demand, facts.ready, facts.replicas - facts.ready, capacity, up=self.up)
+
+
+def v1_step(
+    engines: Sequence[tuple[float, float]], *, kv_trigger: float = 0.10, queue_trigger: float = 3.0
+) -> int:
+    """Return +1, 0 or -1: V1's saturation rule.
+
+    Args:
+        engines: (KV-cache use, waiting requests) of every engine, maxima over a minute.
+        kv_trigger: KV use that must be spare below 80 %, averaged over engines that are not saturated.
+        queue_trigger: Waiting requests that must be spare below 5, likewise.
+    """
+    free = [(kv, queue) for kv, queue in engines if kv < _V1_KV and queue < _V1_QUEUE]
+    if not free:
+        return 1 if engines else 0
+
+    def spare(load: float) -> tuple[float, float]:
+        kv = math.fsum(_V1_KV - kv * load for kv, _ in free) / len(free)
+        return kv, math.fsum(_V1_QUEUE - queue * load for _, queue in free) / len(free)
+
+    kv, queue = spare(1.0)
+    if kv < kv_trigger or queue < queue_trigger:
+        return 1
+    if len(free) < 2:
+        return 0
+    kv, queue = spare(len(free) / (len(free) - 1))
+    return -1 if kv >= kv_trigger and queue >= queue_trigger else 0
+
+
+class WvaV1(_Published):
+    """WVA's V1 "saturation percentage" analyzer, its default: one up where spare KV < 10 % or spare queue < 3, one down.
+
+    An engine is saturated at 80 % of its KV cache or 5 waiting requests; spare is the mean distance to these over the
+    others. Down where the load on one engine fewer leaves both. Nothing while replicas differ from what was wanted.
+    """
+
+    name = "wva-v1"
+    knob = "spare KV-cache trigger"
+
+    def __init__(self, scenario: Scenario, trigger: float = 0.10, behavior: Behavior = CHART) -> None:
+        super().__init__(scenario, behavior)
+        self.trigger = trigger
+        self.kv: dict[tuple[Key, int], Window] = {}
+        self.queue: dict[tuple[Key, int], Window] = {}
+
+    def read(self, key: Key, pool: PoolReadings, now: float) -> None:
+        """Keep the maxima over a minute per engine, as its queries do."""
+        if pool.pods is None:
+            return
+        use = pool.pods.kv_tokens / pool.pods.kv_capacity
+        for serial, kv, waiting in zip(pool.pods.serial.tolist(), use, pool.pods.waiting, strict=True):
+            self.kv.setdefault((key, serial), Window.of(60.0)).add(now, float(kv))
+            self.queue.setdefault((key, serial), Window.of(60.0)).add(now, float(waiting))
+
+    def want(self, key: Key, facts: PoolFacts, now: float) -> int | None:
+        """Return one more, one fewer or the same; nothing in transition or without metrics."""
+        del now
+        pool = self.latest.get(key)
+        if pool is None or pool.pods is None or not len(pool.pods.serial):
+            return None
+        _, before = self.published.get(key, (0.0, facts.replicas))
+        if facts.ready != facts.replicas or before != facts.replicas:
+            return None
+        engines = [
+            (self.kv[key, serial].highest or 0.0, self.queue[key, serial].highest or 0.0)
+            for serial in pool.pods.serial.tolist()
+        ]
+        return facts.replicas + v1_step(engines, kv_trigger=self.trigger)
 
 
 def _means(pool: PoolReadings, context: PoolContext) -> tuple[float, float]:
