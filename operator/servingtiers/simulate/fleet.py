@@ -10,7 +10,7 @@ start-ups.
 Tiers of a namespace that name the same ``sharedPool`` lend each other engines: an engine's *home* is the pool that made
 it, its *holder* the one whose routing label it carries, and routers heed a label some seconds after it was set. What a
 lent engine still has of its last holder's requests it finishes beside the new holder's; metrics do not tell them apart,
-so such an engine says nothing usable to either.
+so what it counted before it was here for a whole window is nobody's, as in the operator.
 """
 
 from __future__ import annotations
@@ -52,8 +52,6 @@ EPOCH = 1_700_000_000.0
 """Unix time at which a run begins."""
 
 _STARTS_KEPT = 16
-_TENURE = 1_000_000
-"""More pods than a run ever has."""
 _ROUTES = {
     "round_robin": plant.ROUND_ROBIN,
     "power_of_two": plant.POWER_OF_TWO,
@@ -176,19 +174,12 @@ class _Pod:
     bound_for: _Pool | None = None
     labelled: float | None = None
     """When its routing label was last changed."""
-    tenures: int = 0
-    """How often it came to a new holder."""
     in_flight: tuple[float, int] | None = None
     """(when, requests) of the latest scrape that told."""
 
     @property
-    def number(self) -> int:
-        """Identifies the pod with its holder: what it counted before it came here is no sample of here."""
-        return self.serial + _TENURE * self.tenures
-
-    @property
     def name(self) -> str:
-        return f"engine-{self.number}"
+        return f"engine-{self.serial}"
 
     @property
     def since(self) -> float:
@@ -276,6 +267,11 @@ class _Tier:
     dispatched: int = 0
 
 
+_GAUGELESS = {
+    *(FaultKind.DOWN, FaultKind.EMPTY, FaultKind.RENAMED, FaultKind.NAN),
+    *(FaultKind.INFINITE, FaultKind.NEGATIVE, FaultKind.ABSURD),
+}
+"""Faults under which nobody knows what an engine has in flight."""
 _READY, _GONE, _CRASH, _NODES, _LABEL, _SCRAPE, _SAMPLE, _DECIDE = range(8)
 """Kinds of events; of the same instant the lower comes first."""
 
@@ -738,8 +734,7 @@ class Fleet:
                     (self.now, pool.replicas, len(serving), borrowed, waiting, waiting + running)
                 )
                 serial = np.full(len(ints), -1, dtype=np.int64)
-                telling = serving if len(pool.mates) == 1 else self._telling(pool)
-                serial[[pod.row for pod in telling]] = [pod.number for pod in telling]
+                serial[[pod.row for pod in pool.held]] = [pod.serial for pod in pool.held]
                 scalars = np.column_stack(
                     [
                         ints[:, kernel.RUNNING],
@@ -763,22 +758,21 @@ class Fleet:
                     self.now,
                 )
             tier.router.add(self.now, tier.dispatched, tier.unserved, paired=paired, faults=faults)
+        if len(self._groups) < len(self._tiers):
+            self._count_in_flight()
         self._wander()
 
-    def _telling(self, pool: _Pool) -> list[_Pod]:
-        """Return the pods that carry the pool's label and whose samples tell of its requests alone."""
-        journal = pool.journal
-        open_ = journal.open[: journal.open_count[0]]
-        ends = np.array([mate.first_request for mate in pool.mates[1:]])
-        foreign = open_[np.searchsorted(ends, open_, side="right") != pool.index]
-        mixed = set(journal.row[foreign].tolist())
+    def _count_in_flight(self) -> None:
+        """Note what every engine of a group has in flight, where its gauges can be read."""
         held = {fault.kind for fault in self.scenario.metric_faults if fault.active(self.now)}
-        if not held & {FaultKind.DOWN, FaultKind.EMPTY, FaultKind.RENAMED, FaultKind.NAN, FaultKind.INFINITE}:
-            ints = pool.state.ints
-            for pod in pool.own:
-                flight = int(ints[pod.row, kernel.INJECTED] - ints[pod.row, kernel.FINISHED])
-                pod.in_flight = self.now, flight
-        return [pod for pod in pool.held if pod.row not in mixed]
+        if held & _GAUGELESS:
+            return
+        for members in self._groups:
+            for pool in (pool for tier in members for pool in tier.pools if len(members) > 1):
+                ints = pool.state.ints
+                for pod in pool.own:
+                    count = int(ints[pod.row, kernel.INJECTED] - ints[pod.row, kernel.FINISHED])
+                    pod.in_flight = self.now, count
 
     def _wander(self) -> None:
         """Let every engine's speed wander a little."""
@@ -833,7 +827,7 @@ class Fleet:
                         pods=None
                         if blind
                         else PodReadings(
-                            serial=np.array([pod.number for pod in serving], dtype=np.int64),
+                            serial=np.array([pod.serial for pod in serving], dtype=np.int64),
                             running=ints[:, kernel.RUNNING].astype(np.float64),
                             waiting=ints[:, kernel.WAITING].astype(np.float64),
                             kv_tokens=used.astype(np.float64),
@@ -881,8 +875,19 @@ class Fleet:
         rows = []
         for pool in tier.pools:
             held = pool.held
-            pods = tuple(PodTarget(pod.name, "10.0.0.1", 8000, EPOCH + pod.since) for pod in held)
-            targets.append(PoolTargets(pool.plan.name, pool.plan.role, pool.replicas, pods))
+            pods = tuple(
+                PodTarget(
+                    pod.name,
+                    "10.0.0.1",
+                    8000,
+                    EPOCH + (pod.ready_at or 0.0),
+                    None if pod.labelled is None else EPOCH + pod.labelled,
+                )
+                for pod in held
+            )
+            # Less what is lent, and what is borrowed.
+            desired = max(0, pool.replicas + len(held) - len(pool.own))
+            targets.append(PoolTargets(pool.plan.name, pool.plan.role, desired, pods))
             rows.append([pod.row for pod in held])
         namespace, _, name = tier.plan.key.rpartition("/")
         whole = TierTargets(
@@ -1007,10 +1012,8 @@ class Fleet:
         )
         pod.holder, pod.bound_for, pod.labelled = holder, bound_for, self.now
         if holder is not None:
-            pod.tenures += 1
-            if holder is not pod.payer:
-                self._charge(pod, self.now)
-                pod.payer = holder
+            self._charge(pod, self.now)
+            pod.payer = holder
         self._at(self.now + self.scenario.relabel, _LABEL, partial(self._heeded, pod, holder))
 
     def _heeded(self, pod: _Pod, holder: _Pool | None) -> None:

@@ -334,6 +334,8 @@ class PoolRecorder:
     def _fast(self, pool: PoolTargets, rows: Sequence[int], now: float) -> Load | None:
         if not pool.pods:
             return None
+        if any(pod.held_since is not None and now - pod.held_since < self.window for pod in pool.pods):
+            return None  # what they counted is another tier's too
         scans = [scrape for scrape in self.scrapes if scrape.time > now - self.window - self.interval / 2]
         if not scans or any(scrape.odd for scrape in scans):
             return None
