@@ -1114,7 +1114,11 @@ def main() -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only", default="", help="cells whose load contains this text")
-    parser.add_argument("--policies", default="", help="policies to run, comma-separated; default all")
+    parser.add_argument(
+        "--policies",
+        default="",
+        help="policies to run, comma-separated, or lending, p/d mixes, llm-d step, speed; default all",
+    )
     parser.add_argument("--judge", action="store_true", help="run nothing, judge what there is")
     parser.add_argument("--page", type=Path, help="write Pareto plots to this HTML file")
     given = parser.parse_args()
@@ -1122,7 +1126,8 @@ def main() -> int:
     todo = [
         job
         for job in jobs(full=given.full, seeds=seeds)
-        if given.only in job.cell.load and (not given.policies or job.policy in given.policies.split(","))
+        if given.only in job.cell.load
+        and (not given.policies or job.policy.partition(":")[0] in given.policies.split(","))
     ]
     if not given.judge:
         minutes = given.minutes or (145.0 if given.full else 9.0)
