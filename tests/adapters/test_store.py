@@ -1,6 +1,6 @@
 """The cache of what was seen: only forward, compared by uid."""
 
-from servingtiers.adapters.store import Store
+from servingtiers.adapters.store import Store, group_of
 
 LABEL = "servingtiers.io/tier"
 
@@ -122,3 +122,55 @@ def test_a_relist_forgets_autoscalers_that_are_gone():
     store.relist("HorizontalPodAutoscaler", "autoscaling/v2", [], 9)
 
     assert store.autoscalers("n") == ()
+
+
+def member(name, pool=None, *, version=1, namespace="n"):
+    """Return a tier, in a TierPool or not."""
+    spec = {} if pool is None else {"sharedPool": {"name": pool}}
+    meta = {"name": name, "namespace": namespace, "uid": f"u-{name}", "resourceVersion": str(version)}
+    return {"kind": "ServingTier", "metadata": meta, "spec": spec}
+
+
+def test_tiers_that_name_one_pool_are_one_group_and_others_are_alone():
+    """Whether the pool exists or not; and only within a namespace."""
+    store = Store(LABEL)
+    for tier in (
+        member("b", "llama"),
+        member("a", "llama"),
+        member("c"),
+        member("a", "llama", namespace="m"),
+    ):
+        store.see_tier(tier)
+
+    group = group_of(member("a", "llama"))
+    assert [key for key, _ in store.members(group)] == [("n", "a"), ("n", "b")]
+    assert store.members(("n", "b")) == store.members(group), "by the key of any member"
+    assert [key for key, _ in store.members(("n", "c"))] == [("n", "c")]
+    assert store.members(("n", "gone")) == []
+
+
+def test_a_tier_that_leaves_a_pool_leaves_its_group():
+    """The key that is reconciled follows the spec."""
+    store = Store(LABEL)
+    store.see_tier(member("a", "llama"))
+    store.see_tier(member("a", version=2))
+
+    assert store.members(group_of(member("a", "llama"))) == []
+    assert group_of(store.tiers["n", "a"]) == ("n", "a")
+
+
+def test_pools_go_forward_and_are_compared_by_uid_too():
+    """As everything else that is seen."""
+
+    def pool(version, uid="u1"):
+        return {"metadata": {"name": "llama", "namespace": "n", "uid": uid, "resourceVersion": str(version)}}
+
+    store = Store(LABEL)
+    key = group_of(member("a", "llama"))
+    assert store.see_pool(pool(5)) == key
+    assert store.see_pool(pool(4)) is None
+    assert store.forget_pool(pool(9, uid="old")) is None
+    assert store.relist_pools([pool(5)], 6) == set()
+    assert store.relist_pools([], 4) == set(), "newer than the list"
+    assert store.relist_pools([], 6) == {key}
+    assert not store.pools

@@ -177,6 +177,7 @@ class Stage:
             moves = [d for d in status["decisions"] if "engine" in d]
             tiers[one["metadata"]["name"]] = {
                 "replicas": status["replicas"],
+                "cost": float(status["cost"]["perHour"]),
                 "lent": pool["lent"],
                 "borrowed": pool["borrowed"],
                 "accepted": next(c["status"] for c in status["conditions"] if c["type"] == "Accepted"),
@@ -248,6 +249,12 @@ async def test_a_burst_is_served_by_an_engine_that_changes_its_label_and_goes_ho
     assert burst["replicas"] == before["replicas"], "nothing was started"
     assert (burst["tiers"]["chat"]["borrowed"], burst["tiers"]["batch"]["lent"]) == (1, 1)
     assert (burst["tiers"]["chat"]["replicas"], burst["tiers"]["batch"]["replicas"]) == ("1/1 +1", "2/2 -1")
+    price = before["tiers"]["chat"]["cost"]
+    assert price > 0
+    costs = [(act["tiers"]["chat"]["cost"], act["tiers"]["batch"]["cost"]) for act in (before, burst, after)]
+    assert costs == [(price, 2 * price), (2 * price, price), (price, 2 * price)], (
+        "whoever has an engine pays for it"
+    )
     assert burst["pool"] == {"engines": 3, "moved": 1, "accelerators": 3}
     assert "100" in burst["costs"], "a Deployment that shrinks stops what is at home"
 
@@ -366,3 +373,18 @@ async def test_a_relabel_never_touches_another_pod_of_that_name(control_plane, s
         body = {"apiVersion": "v1", "kind": "Pod", "metadata": {**meta, **wrong, "labels": {"x": "y"}}}
         with pytest.raises(Exception, match=r"409|422"):
             await Cluster.relabel(cluster, body)
+
+
+async def test_two_workers_never_work_on_the_same_tier(control_plane, stage):
+    """A tier that joins a pool is, for a moment, under two keys."""
+    space, cluster = stage
+    stage = Stage(control_plane, space)
+    stage.cluster = cluster
+    stage.controller = stage.fresh()
+    space.create(tier("chat"))
+    await stage.controller.relist()
+    key = (space.name, "chat")
+    first, second = await asyncio.gather(stage.controller.reconcile(key), stage.controller.reconcile(key))
+    assert second is not None
+    assert second < 1 < first, "the second comes again in a moment, and has written nothing"
+    assert "Service/chat" in space.children()
