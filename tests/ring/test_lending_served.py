@@ -168,7 +168,7 @@ async def test_a_burst_is_served_within_seconds_by_an_engine_of_another_tier_whi
                     LoadGenerator([f"http://{a}:8000" for a in chat], model="llama") as burst,
                     LoadGenerator([f"http://{a}:8000" for a in batch], model="llama") as jobs,
                 ):
-                    work = asyncio.create_task(jobs.replay(steady(2, SECONDS, 256, 256)))
+                    work = asyncio.create_task(jobs.replay(steady(5, SECONDS, 256, 320)))
                     await asyncio.sleep(5)
                     began = time.monotonic()
                     load = asyncio.create_task(burst.replay(steady(10, SECONDS - 5, 512, 192)))
@@ -195,7 +195,9 @@ async def test_a_burst_is_served_within_seconds_by_an_engine_of_another_tier_whi
                     await load
                     await work
                 assert [r.error for r in (*burst.records, *jobs.records) if not r.ok] == []
-                assert any(d.get("engine") == name for d in told["decisions"]), told["decisions"]
+                came = [d["reason"] for d in told["decisions"] if d.get("engine") == name]
+                assert came, told["decisions"]
+                print(came[-1])
                 if killed:
                     successor = await asyncio.to_thread(restart_operator, ring.details)
                 done = time.monotonic()
