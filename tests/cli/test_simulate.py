@@ -311,7 +311,7 @@ def test_a_tier_can_be_the_one_in_the_cluster(monkeypatch):
 def test_tiers_of_a_pool_lend_and_have_figures_of_their_own(tmp_path):
     documents: list[dict[str, object]] = [
         {"apiVersion": "servingtiers.io/v1alpha1", "kind": "TierPool", "metadata": {"name": "shared", "namespace": "llm"},
-         "spec": {"servedModelName": "llama", "maxAccelerators": 6}}
+         "spec": {"servedModelName": "meta-llama/Llama-3.1-8B-Instruct", "maxAccelerators": 6}}
     ]  # fmt: skip
     for name, tier, count, priority in (("chat", "Latency", 2, 200), ("batch", "Throughput", 4, 50)):
         scaling = {"minReplicas": count, "maxReplicas": count}
@@ -344,6 +344,14 @@ def test_tiers_of_a_pool_lend_and_have_figures_of_their_own(tmp_path):
     rows = call(*arguments).stdout.splitlines()
     tiers = ["llm/chat", "llm/batch"]
     assert [row.split()[0] for row in rows[1:]] == ["servingtiers", *tiers, "servingtiers-unshared", *tiers]
+    documents[2]["spec"]["pool"]["engine"]["maxModelLen"] = 8192  # type: ignore[index]
+    path.write_text(yaml.safe_dump_all(documents))
+    refused = call(*arguments)
+    assert refused.exit_code == 2
+    assert "maxModelLen" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    documents[2]["spec"]["pool"]["engine"]["maxModelLen"] = 16384  # type: ignore[index]
+    path.write_text(yaml.safe_dump_all(documents))
     page = call(*arguments, "-o", "html").stdout
     assert "Engines that changed hands" in page
 

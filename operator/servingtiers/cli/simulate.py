@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,7 @@ from servingtiers.cli._cluster import tier_from_cluster
 from servingtiers.cli._options import InputError, OneLineCommand, input_errors
 
 if TYPE_CHECKING:
+    from servingtiers.api.pool import TierPool
     from servingtiers.api.spec import ServingTier
     from servingtiers.simulate.fleet import RunResult
     from servingtiers.simulate.limits import Clairvoyant
@@ -252,7 +253,8 @@ def command(
             with input_errors():
                 scenario = _scenario(documents, traces, seed, flags)
             try:
-                limit = _limit(scenario, seed, step) if want_limit or "clairvoyant" in names else None
+                with input_errors():
+                    limit = _limit(scenario, seed, step) if want_limit or "clairvoyant" in names else None
             except KeyboardInterrupt:
                 interrupted = True
                 break
@@ -375,20 +377,42 @@ def tier_documents(given: str, namespace: str | None) -> Iterator[tuple[str, dic
             yield str(path), each
 
 
-def _limits(documents: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, int]:
-    """Return the ``maxAccelerators`` of the TierPools that were given, by namespace and name."""
-    limits = {}
+def _pools(documents: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, TierPool]:
+    """Return the TierPools that were given, by namespace and name."""
+    from servingtiers.api.pool import TierPool
+
+    pools = {}
     for where, document in documents:
         if document.get("kind") != "TierPool":
             continue
-        spec, meta = document.get("spec") or {}, document.get("metadata") or {}
-        most = spec.get("maxAccelerators")
-        if most is None:
-            continue
-        if not isinstance(most, int) or most < 1:
-            raise InputError(f"{where}: maxAccelerators {most!r}: use a whole number of 1 or more")
-        limits[f"{meta.get('namespace') or 'default'}/{meta.get('name')}"] = most
-    return limits
+        meta = {"namespace": "default", **(document.get("metadata") or {})}
+        with input_errors(f"{where}: TierPool {meta.get('name')}"):
+            pool = TierPool.model_validate({**document, "metadata": meta})
+        pools[f"{meta['namespace']}/{meta['name']}"] = pool
+    return pools
+
+
+def _check_members(tiers: Sequence[ServingTier], pools: Mapping[str, TierPool]) -> None:
+    """Refuse tiers that share a pool and that the operator would not let lend; a pool that is not given suits all."""
+    from servingtiers.api.pool import TierPool
+    from servingtiers.policy.membership import judge
+
+    members: dict[str, list[ServingTier]] = {}
+    for tier in tiers:
+        if tier.spec.shared_pool is not None:
+            members.setdefault(f"{tier.metadata.namespace}/{tier.spec.shared_pool.name}", []).append(tier)
+    for key, group in members.items():
+        served = group[0].spec.model.served_name or group[0].spec.model.name
+        pool = pools.get(key)
+        if pool is None:
+            made = {
+                "apiVersion": group[0].api_version,
+                "kind": "TierPool",
+                "spec": {"servedModelName": served},
+            }
+            pool = TierPool.model_validate({**made, "metadata": {"name": key.rpartition("/")[2]}})
+        for name, problem in judge(pool, group).items():
+            raise InputError(f"{name}: {problem.message}")
 
 
 def _scenario(
@@ -436,6 +460,8 @@ def _scenario(
                     shared_prefix=flags["prefix_cache"],
                 )
             )
+    pools = _pools(given)
+    _check_members([parse_tier(document) for _, document in documents], pools)
     keys = [plan.key for plan in plans]
     if len(set(keys)) != len(keys):
         raise InputError("two tiers have the same namespace and name: rename one")
@@ -449,7 +475,11 @@ def _scenario(
         tiers=tuple(plans),
         start_up=Delay.parse(flags["start_up_seconds"]),
         accelerators=flags["accelerators"],
-        pool_accelerators=_limits(given),
+        pool_accelerators={
+            key: pool.spec.max_accelerators
+            for key, pool in pools.items()
+            if pool.spec.max_accelerators is not None
+        },
         warm_up=flags["warm_up"],
         metric_faults=tuple(faults),
         crashes=tuple(Crash(time) for time in flags["crashes"]),
