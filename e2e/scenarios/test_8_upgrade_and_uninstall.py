@@ -43,6 +43,7 @@ async def test_an_upgrade_restarts_no_engine_and_tiers_outlive_the_operator(prod
         60,
         lambda: not kube.listed(_OWNED, "servingtiers.io/tier=chat"),
     )
+    drained = wait_for("its pods drained", 120, lambda: not kube.listed("pods", "servingtiers.io/tier=chat"))
     # The routers' account outlives the operator, or tiers would not; the page on installing says how it goes, too.
     left = kube.run("get", _EVERYTHING, f"--selector={_RELEASE}", "-o=name").split()
     kube.run("delete", "serviceaccount,role,rolebinding", "servingtiers-router")
@@ -51,7 +52,7 @@ async def test_an_upgrade_restarts_no_engine_and_tiers_outlive_the_operator(prod
     product.install()
     figures(
         f"upgrade and uninstall restarted 0 of {len(before)} pods; {traffic.summary()};"
-        f" tier deleted without operator, its objects gone in {gone:.0f} s; kept for tiers: {len(left)} objects of the"
+        f" tier deleted without operator, its objects gone in {gone:.0f} s and its pods {drained:.0f} s later; kept for tiers: {len(left)} objects of the"
         f" routers' account; orphans {orphans}"
     )
     assert traffic.failed == []
