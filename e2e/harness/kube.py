@@ -161,7 +161,7 @@ class Kube:
         """Return the size of an image that a node holds, MiB; NaN where none does."""
         for node in self.listed("nodes"):
             for each in node["status"].get("images", []):
-                if image in each["names"]:
+                if image in (each.get("names") or ()):
                     return float(each["sizeBytes"]) / 2**20
         return math.nan
 
