@@ -155,9 +155,9 @@ def plan(observed: Observed) -> Plan:
             case _Accepted():
                 decision = by_key[look.observation.key]
                 key = look.observation.key
-                moved = [records[key] for records in told.values() if key in records]
-                moved_before = tuple(_moves_recorded(key, observed.members))
-                history = _history(look, decision, moved, moved_before, observed.now)
+                history = _history(
+                    look, decision, tuple(_moves_recorded(key, observed.members)), observed.now
+                )
                 differences, replicas = _differences(look, decision, history, observed.config)
                 if differences.foreign or differences.waiting:
                     recheck = min(recheck, _RECHECK_SOON)
@@ -359,7 +359,10 @@ def _moves(
 
 
 def _moves_recorded(key: str, members: Sequence[Member]) -> Iterator[DecisionRecord]:
-    """Yield what pods tell of their latest move to or from a tier: it was written together with their label."""
+    """Yield what pods tell of their latest move to or from a tier: it was written together with their label.
+
+    This pass's own moves are told in the next one: the API server may refuse them.
+    """
     for pod in (pod for member in members for pod in member.pods):
         text = pod["metadata"].get("annotations", {}).get(DECISION_ANNOTATION)
         if text is None:
@@ -621,7 +624,6 @@ def _history(
     look: _Accepted,
     decision: TierDecision,
     moved: Sequence[DecisionRecord],
-    moved_before: Sequence[DecisionRecord],
     now: float,
 ) -> tuple[DecisionRecord, ...]:
     recorded = [
@@ -632,11 +634,10 @@ def _history(
     return decision_history(
         decision,
         look.before.status.decisions,
-        [*recorded, *moved_before],
+        [*recorded, *moved],
         existing=frozenset(pool.asked.name for pool in look.pools if pool.view.deployment is not None),
         acting=acts(look.tier.spec.scaling.mode, suspended=look.tier.spec.suspend) and not _rivals(look),
         now=now,
-        moved=moved,
     )
 
 

@@ -408,39 +408,34 @@ def decision_history(
     existing: frozenset[str],
     acting: bool,
     now: float,
-    moved: Sequence[DecisionRecord] = (),
 ) -> tuple[DecisionRecord, ...]:
     """Return all decisions to be told, newest first.
 
     Args:
         decided: What was decided in this pass.
         before: What the status tells.
-        recorded: What Deployments tell of themselves; it is written together with the replicas, so it survives an
-            operator that dies between that write and the status.
+        recorded: What Deployments tell of their replicas and pods of their moves; it is written together with these, so
+            it survives an operator that dies between that write and the status.
         existing: Pools that have a Deployment: the first replicas of a pool are no decision.
         acting: Whether decisions are carried out.
         now: Unix time, seconds.
-        moved: Engines that come from other tiers or go to them.
     """
     known = {_identity(record) for record in before}
     lost = [record for record in recorded if _identity(record) not in known]
     told = sorted([*lost, *before], key=lambda record: record.time, reverse=True)
     new = [
-        *moved,
-        *(
-            DecisionRecord(
-                time=to_time(now),
-                pool=decision.pool,
-                from_replicas=decision.current,
-                to_replicas=decision.desired,
-                reason=decision.reason[:1024],
-                binding=decision.binding.value,
-                would_change=decision.would_change[:1024],
-                acted=acting,
-            )
-            for decision in decided.decisions
-            if decision.desired != decision.current and decision.pool in existing
-        ),
+        DecisionRecord(
+            time=to_time(now),
+            pool=decision.pool,
+            from_replicas=decision.current,
+            to_replicas=decision.desired,
+            reason=decision.reason[:1024],
+            binding=decision.binding.value,
+            would_change=decision.would_change[:1024],
+            acted=acting,
+        )
+        for decision in decided.decisions
+        if decision.desired != decision.current and decision.pool in existing
     ]
     fresh = [record for record in new if not _said_before(record, told, now)]
     return tuple([*fresh, *told][:_DECISIONS_KEPT])
