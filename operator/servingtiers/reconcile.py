@@ -14,6 +14,7 @@ carried out is followed by an empty one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,6 +78,8 @@ _RECHECK_SECONDS: Final = 300.0
 _RECHECK_SOON: Final = 30.0
 _RECHECK_MOVING: Final = 2.0
 _AWAY_COST: Final = "100"
+_MOVES_KEPT: Final = 4
+"""Tiers of which a pod tells its latest move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,9 +312,11 @@ def _relabel(
         return None if key is None else names.slug(key.rpartition("/")[2])
 
     at_home = slug(relabel.holder) == meta["labels"][names.TIER_LABEL]
-    records = {
+    # What was told to the tier that it left stays until it is told anew: its status may not have been written yet.
+    records = {key: record for key, record in _records_of(pod).items() if key not in told} | {
         key: record.model_dump(mode="json", by_alias=True, exclude_none=True) for key, record in told.items()
     }
+    records = dict([*records.items()][-_MOVES_KEPT:])
     body = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -325,7 +330,6 @@ def _relabel(
                 names.MOVED_ANNOTATION: to_time(now),
                 names.BOUND_ANNOTATION: slug(relabel.bound_for),
                 names.DELETION_COST_ANNOTATION: None if at_home else _AWAY_COST,
-                # A change of the goal alone is nothing that a tier has to tell: what was told before stays.
                 **({DECISION_ANNOTATION: json.dumps(records, ensure_ascii=False)} if records else {}),
             },
         },
@@ -364,15 +368,19 @@ def _moves_recorded(key: str, members: Sequence[Member]) -> Iterator[DecisionRec
     This pass's own moves are told in the next one: the API server may refuse them.
     """
     for pod in (pod for member in members for pod in member.pods):
-        text = pod["metadata"].get("annotations", {}).get(DECISION_ANNOTATION)
-        if text is None:
-            continue
-        try:
-            records = json.loads(text)
-            if isinstance(records, dict) and key in records:
+        records = _records_of(pod)
+        with contextlib.suppress(ValidationError):
+            if key in records:
                 yield DecisionRecord.model_validate(records[key])
-        except ValueError:  # pydantic's and json's errors are both; somebody else wrote it
-            continue
+
+
+def _records_of(pod: JsonObject) -> dict[str, Any]:
+    """Return the records on a pod by tier key; none where somebody else wrote there."""
+    try:
+        found = json.loads(pod["metadata"].get("annotations", {}).get(DECISION_ANNOTATION, "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _pool_status_write(
