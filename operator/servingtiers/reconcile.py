@@ -233,9 +233,9 @@ def _with_share(look: _Accepted, lenders: Sequence[_Accepted]) -> _Accepted:
     Their batch and step budget are their home's; the least of them counts.
     """
     (pool,) = look.observation.pools
-    own = pool.rps_per_replica
-    if not own:
+    if pool.curve is None:
         return look
+    own = pool.curve.rps
     ours = look.settings.pools[0]
     share = 1.0
     for budget in {_budget(other.settings.pools[0]) for other in lenders} - {_budget(ours)}:
@@ -505,13 +505,11 @@ def _accept(
             key=f"{tier.metadata.namespace}/{tier.metadata.name}",
             spec=tier.spec,
             targets=targets,
-            pools=tuple(
-                replace(pool.facts, rps_per_replica=judged.requests_per_second.get(pool.asked.name))
-                for pool in pools
-            ),
+            pools=tuple(replace(pool.facts, curve=judged.curves.get(pool.asked.name)) for pool in pools),
             load=member.load,
             memory=memory,
             watching_since=member.watching_since,
+            feasible=judged.feasibility.feasible,
         ),
         guests=guests,
     )

@@ -117,8 +117,8 @@ def test_what_the_operator_tells_its_policy_is_what_the_operator_judges():
     judged = capacity.judge(tier.spec, settings, presets.targets(tier.spec))
     # The operator has the table that the plant runs on; here its policy is told the roofline's figure, times the error.
     truth = replace(told, engine=replace(told.engine, step=made.pools[0].model))
-    assert truth.rps() == pytest.approx(1.3 * judged.requests_per_second["pool"])
-    assert told.rps() != pytest.approx(1.3 * judged.requests_per_second["pool"], rel=1e-3)
+    assert truth.rps() == pytest.approx(1.3 * judged.curves["pool"].rps)
+    assert told.rps() != pytest.approx(1.3 * judged.curves["pool"].rps, rel=1e-3)
 
 
 def test_the_operators_capacity_follows_the_lengths_that_are_seen(plan):

@@ -5,6 +5,7 @@ A decision is a number with its reason: what was decided, which limit was bindin
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -15,6 +16,7 @@ from servingtiers.core.signals import TierLoad
 __all__ = [
     "Binding",
     "Decision",
+    "EngineCurve",
     "PoolFacts",
     "PoolRole",
     "Targets",
@@ -64,6 +66,37 @@ class Binding(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class EngineCurve:
+    """What the performance model says of one engine at the lengths of the traffic, for every load."""
+
+    rps: float
+    """Requests per second that it carries within the objectives that other engines beside it do not help to keep: how
+    long a token takes depends on the engine's own batch."""
+    saturation: float
+    """Requests per second at which its queue grows without end; ``rps`` or more."""
+    loads: tuple[float, ...]
+    """Ascending shares of ``saturation``, 0 to 1."""
+    tpot: tuple[float, ...]
+    """Mean time of an output token at each of them, seconds."""
+    ttft: tuple[float, ...]
+    """Mean time to the first token at each of them, seconds."""
+    prefill_share: float
+    """Share of a saturated engine's time that goes into prompts, 0 to 1."""
+    source: str = "the performance model"
+
+    def at(self, load: float, times: tuple[float, ...]) -> float:
+        """Return ``tpot`` or ``ttft`` at a share of saturation; beyond the ends the nearest that is known."""
+        index = bisect_left(self.loads, load)
+        if index == 0:
+            return times[0]
+        if index == len(self.loads):
+            return times[-1]
+        low, high = self.loads[index - 1], self.loads[index]
+        share = (load - low) / (high - low)
+        return times[index - 1] + share * (times[index] - times[index - 1])
+
+
+@dataclass(frozen=True, slots=True)
 class PoolFacts:
     """What Kubernetes says of one pool."""
 
@@ -86,8 +119,8 @@ class PoolFacts:
     settled_seconds: float | None = None
     """Seconds since the newest ready pod became ready; None: not known, taken as long ago. Latencies of a window
     that began before it still tell of the smaller pool."""
-    rps_per_replica: float | None = None
-    """Requests per second that the performance model says one replica carries at the SLO; None: unknown."""
+    curve: EngineCurve | None = None
+    """What the performance model says one replica does; None: not modelled, or nobody knows the lengths."""
     lent: int = 0
     """Ready replicas of its own that another tier holds, or that are on their way there or back."""
     borrowed: int = 0
@@ -120,6 +153,8 @@ class TierObservation:
     watching_since: float | None = None
     """Unix time since which this process has watched the tier without a break (its start, or the moment it became
     leader). Holds never reach back before it: what was not watched was not low. None: the memory is trusted."""
+    feasible: bool | None = None
+    """Whether one request alone keeps the objectives, by the performance model; None: it cannot tell."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,6 +151,15 @@ class Histogram:
             return self.counts[index], self.counts[index]
         return (self.counts[index - 1] if index else 0.0), self.counts[index]
 
+    def likely_at_most(self, threshold: float) -> float:
+        """Return how many observations are ``<= threshold`` if they lie evenly inside their buckets."""
+        index = bisect_left(self.bounds, threshold)
+        below, upto = (self.counts[index - 1] if index else 0.0), self.counts[index]
+        low, high = (self.bounds[index - 1] if index else 0.0), self.bounds[index]
+        if math.isinf(high) or high <= low:
+            return below
+        return below + (upto - below) * min(max((threshold - low) / (high - low), 0.0), 1.0)
+
     def bucket_around(self, threshold: float) -> tuple[float, float]:
         """Return the edges that the buckets know on either side of ``threshold``; twice itself where it is one."""
         index = bisect_left(self.bounds, threshold)
@@ -275,9 +284,11 @@ class RouterLoad:
 
     coverage: Coverage
     arrival_rate: Signal = _NO_DATA
-    """Requests dispatched per second, retries included."""
+    """Requests dispatched per second over the window, retries included."""
     unserved: Signal = _NO_DATA
     """Requests in the window that found no engine: the call to wake a tier at zero."""
+    recent_rate: Signal = _NO_DATA
+    """Arrivals at the end of the window, the last scrapes: tells of a rise before the window does, with more noise."""
 
 
 @dataclass(frozen=True, slots=True)

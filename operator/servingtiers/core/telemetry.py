@@ -632,6 +632,21 @@ class RouterWindow:
     exhausted: float
     no_engine: float
     whole: bool
+    recent: Recent | None = None
+    """The end of the window; None where it cannot be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """What one router counted between its last scrapes; see :class:`RouterWindow`."""
+
+    span: float
+    dispatched: float
+    ended: float
+
+
+_RECENT_INTERVALS = 2
+"""Scrape intervals at the end of the window that tell of arrivals right now: with one, a late scrape is a rush."""
 
 
 def router_window(
@@ -685,6 +700,14 @@ def router_window(
     if not all(math.isfinite(each) and each >= 0 for each in in_flight):
         return Unknown(f"{names.running} is {in_flight[-1]}")
     ended = counts[names.completed] + counts[names.pd_completed]
+    last = [scan for scan in scans if scan.time > times[-1] - (_RECENT_INTERVALS + 0.5) * interval]
+    recent = None
+    if len(last) == len(scans):
+        recent = Recent(span, counts[names.dispatched], max(0.0, ended + in_flight[1] - in_flight[0]))
+    elif len(last) >= 2:
+        end = router_window(last, window=window, interval=interval, now=now)
+        if isinstance(end, RouterWindow):
+            recent = Recent(end.span, end.dispatched, end.ended)
     return RouterWindow(
         time=times[-1],
         span=span,
@@ -693,6 +716,7 @@ def router_window(
         exhausted=counts[names.exhausted],
         no_engine=no_engine,
         whole=_whole(times, interval=interval, now=now, window=window, ready_since=ready_since),
+        recent=recent,
     )
 
 
@@ -731,13 +755,20 @@ def router_load(
     return RouterLoad(
         coverage=coverage,
         arrival_rate=signal(lambda r: _arrivals(r, paired=paired) / r.span),
+        recent_rate=signal(
+            lambda r: (
+                _arrivals(r, paired=paired) / r.span
+                if r.recent is None
+                else _arrivals(r.recent, paired=paired) / r.recent.span
+            )
+        ),
         # One request without an engine fails several attempts and is given up once: attempts only count where
         # nothing was given up (yet, or because retries are off).
         unserved=signal(lambda r: r.exhausted or r.no_engine),
     )
 
 
-def _arrivals(router: RouterWindow, *, paired: bool) -> float:
+def _arrivals(router: RouterWindow | Recent, *, paired: bool) -> float:
     if paired:
         # Both engines of a request are in flight at once; the change of that is noise beside what was dispatched.
         return router.dispatched / 2 if router.dispatched > 0 else router.ended

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from servingtiers.api.spec import ServingTierSpec
 from servingtiers.api.status import PlanStatus
 from servingtiers.catalog.accelerators import accelerator
 from servingtiers.catalog.models import ModelShape
 from servingtiers.catalog.names import CatalogError
-from servingtiers.core.decisions import PoolRole, Targets
+from servingtiers.core.decisions import EngineCurve, PoolRole, Targets
 from servingtiers.core.effective import PoolSettings, TierSettings
 from servingtiers.core.findings import Feasibility
 from servingtiers.core.signals import TierLoad
@@ -30,6 +30,8 @@ class Judgement:
     lengths nobody knows, is left out."""
     plan: PlanStatus | None
     feasibility: Feasibility
+    curves: dict[str, EngineCurve] = field(default_factory=dict)
+    """The same pools to what one replica does at every load."""
 
 
 def judge(
@@ -67,8 +69,8 @@ def judge(
     for pool in settings.pools:
         asked = sizing.lengths(spec)
         seen = asked
-        if load is not None and pool.name in load.pools and pool.role is not PoolRole.PREFILL:
-            seen = sizing.lengths_seen(load.pools[pool.name], asked)
+        if load is not None and pool.name in load.pools:
+            seen = sizing.lengths_seen(load.pools[pool.name], asked, pool.role)
         known_lengths = known_lengths and seen.given
         demand = sizing.demand_of(seen, rounded=seen is not asked)
         try:
@@ -109,7 +111,12 @@ def judge(
         source="; ".join(sources)[:1024],
         binding=f"{narrowest}: {found[narrowest].binding}"[:1024] if narrowest is not None else None,
     )
-    return Judgement(rates, plan, _feasibility(goals, broken, doubtful, known_lengths=known_lengths))
+    return Judgement(
+        rates,
+        plan,
+        _feasibility(goals, broken, doubtful, known_lengths=known_lengths),
+        {name: carried.curve for name, carried in found.items() if carried.curve is not None},
+    )
 
 
 def _engine(shape: ModelShape, pool: PoolSettings, prompt_tokens: float) -> sizing.Engine:

@@ -16,7 +16,7 @@ from servingtiers.catalog.accelerators import Accelerator, accelerator
 from servingtiers.catalog.models import ModelShape, bundled
 from servingtiers.catalog.names import UnknownNameError
 from servingtiers.core.config import AcceleratorBinding, OperatorConfig
-from servingtiers.core.decisions import PoolRole, Targets
+from servingtiers.core.decisions import EngineCurve, PoolRole, Targets
 from servingtiers.core.signals import Histogram, Load, number
 from servingtiers.performance.analytic import EngineLimits
 from servingtiers.performance.host import with_host_time
@@ -36,7 +36,7 @@ from servingtiers.performance.planner import (
 )
 from servingtiers.performance.select import DoesNotFitError, kv_capacity_tokens, step_model
 from servingtiers.performance.steps import GridStepModel
-from servingtiers.performance.workload import length_cv_from_p95
+from servingtiers.performance.workload import MOST_LENGTH_CV, length_cv_from_p95
 
 __all__ = [
     "Carried",
@@ -94,6 +94,9 @@ class Lengths:
     """Share of prompt tokens found in the prefix cache, 0 to 1."""
     given: bool
     """False: nobody said, these are the defaults."""
+    prompt_cv: float | None = None
+    """Coefficient of variation; None: as a log-normal with that mean and p95 has it."""
+    output_cv: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,8 @@ class Carried:
     """A request of two tokens on the idle engine: how slow it is."""
     load: float
     """Sequences decoding at that rate, on average."""
+    curve: EngineCurve | None = None
+    """The same for every rate; None where nothing can be carried."""
 
 
 def shape_of(name: str) -> ModelShape | None:
@@ -194,8 +199,16 @@ _SHIPPED_WEIGHTS = (
 """Checkpoints whose names do not tell that they are quantized: MXFP4 and block FP8 as published."""
 
 
-def lengths_seen(load: Load, planned: Lengths) -> Lengths:
-    """Return the lengths of live traffic, as far as enough of it was seen; the planned ones otherwise."""
+def lengths_seen(load: Load, planned: Lengths, role: PoolRole = PoolRole.AGGREGATED) -> Lengths:
+    """Return the lengths of live traffic, as far as enough of it was seen; the planned ones otherwise.
+
+    A prefill engine answers with one token: of its load only prompts tell.
+
+    Args:
+        load: What a pool saw.
+        planned: The lengths that the tier is planned for.
+        role: What that pool does.
+    """
     prompt, output = load.prompt_tokens, load.output_tokens
     if not isinstance(prompt, Histogram) or not isinstance(output, Histogram):
         return planned
@@ -203,14 +216,46 @@ def lengths_seen(load: Load, planned: Lengths) -> Lengths:
         return planned
     far_prompt, far_output = prompt.quantile(0.95), output.quantile(0.95)
     hit = number(load.prefix_hit_share)
-    return Lengths(
+    seen = Lengths(
         prompt=max(prompt.mean, 1.0),
         output=max(output.mean, 1.0),
         prompt_p95=max(far_prompt.estimate if far_prompt else 0.0, prompt.mean),
         output_p95=max(far_output.estimate if far_output else 0.0, output.mean),
         prefix_hit=planned.prefix_hit if hit is None else min(max(hit, 0.0), 1.0),
         given=True,
+        prompt_cv=_spread(prompt),
+        output_cv=_spread(output),
     )
+    if role is not PoolRole.PREFILL:
+        return seen
+    return replace(
+        seen,
+        output=planned.output,
+        output_p95=planned.output_p95,
+        output_cv=planned.output_cv,
+        given=planned.given,
+    )
+
+
+def _spread(lengths: Histogram) -> float:
+    """Return the coefficient of variation that buckets tell, with lengths spread evenly inside each.
+
+    Two numbers, mean and p95, do not tell a prompt that is cut at the context limit from one in a hundred that is
+    twenty times the mean; buckets do. It is a ratio, so it does not matter that the mean of the buckets' middles is not
+    quite the mean of the lengths.
+    """
+    low = below = weight = first = second = 0.0
+    for high, upto in zip(lengths.bounds, lengths.counts, strict=True):
+        count, below = upto - below, upto
+        if count > 0:
+            top = high if math.isfinite(high) else 2.0 * low
+            middle = (low + top) / 2.0
+            weight += count
+            first += count * middle
+            second += count * (middle * middle + (top - low) ** 2 / 12.0)
+        low = high
+    mean = first / weight
+    return math.sqrt(max(second / weight / (mean * mean) - 1.0, 0.0))
 
 
 def _checkpoint(name: str) -> str | None:
@@ -339,15 +384,16 @@ def demand_of(asked: Lengths, *, rounded: bool = False) -> Demand:
         tokens = max(tokens, 1.0)
         return max(round(math.exp(round(math.log(tokens) / 0.03) * 0.03), 1), 1.0) if rounded else tokens
 
-    def spread(mean: float, p95: float) -> float:
-        return round(length_cv_from_p95(mean, p95), 1 if rounded else 6)
+    def spread(known: float | None, mean: float, p95: float) -> float:
+        cv = length_cv_from_p95(mean, p95) if known is None else min(known, MOST_LENGTH_CV)
+        return round(cv, 1 if rounded else 6)
 
     return Demand(
         rate=1.0,
         prompt_tokens=near(asked.prompt),
         output_tokens=near(asked.output),
-        prompt_cv=spread(asked.prompt, asked.prompt_p95),
-        output_cv=spread(asked.output, asked.output_p95),
+        prompt_cv=spread(asked.prompt_cv, asked.prompt, asked.prompt_p95),
+        output_cv=spread(asked.output_cv, asked.output, asked.output_p95),
         prefix_hit_rate=round(asked.prefix_hit, 2),
     )
 
@@ -394,6 +440,7 @@ def carried(engine: Engine, demand: Demand, objectives: tuple[Objective, ...]) -
     idle = found.points[0]
     rate, binding = largest_rate(found, objectives, TAIL_MARGIN)
     missed: list[Missed] = []
+    reach = objectives
     if rate <= 0.0:
         reach = reachable(engine, demand, objectives)
         for each, instead in zip(objectives, reach, strict=True):
@@ -405,7 +452,41 @@ def carried(engine: Engine, demand: Demand, objectives: tuple[Objective, ...]) -
         binding = f"{' and '.join(str(each.objective) for each in missed)} is out of reach; {binding}"
         if rate <= 0.0:  # at least a queue that does not grow
             rate = found.rates[-1]
-    return Carried(rate, binding, tuple(missed), idle.ttft.mean + idle.tpot.mean, _decoding(found, rate))
+    return Carried(
+        rate,
+        binding,
+        tuple(missed),
+        idle.ttft.mean + idle.tpot.mean,
+        _decoding(found, rate),
+        _curve(engine, found, demand, reach),
+    )
+
+
+def _curve(engine: Engine, found: Curve, demand: Demand, objectives: tuple[Objective, ...]) -> EngineCurve:
+    last = found.points[-1]
+    saturation = found.rates[-1] / last.utilisation
+    # Waiting for a first token is what neighbours help with, but those of prefill engines: requests do not wait for
+    # whichever of them is free first, and one prompt before them is most of the wait.
+    prefill = engine.role is PoolRole.PREFILL
+    alone = tuple(each for each in objectives if prefill or each.metric is not Metric.TTFT)
+    rate, _ = largest_rate(found, alone, 1.0 if prefill else TAIL_MARGIN)
+    match engine.role:
+        case PoolRole.PREFILL:
+            share = 1.0
+        case PoolRole.DECODE:
+            share = 0.0
+        case _:
+            context = demand.prompt_tokens + demand.output_tokens / 2.0
+            decoding = engine.step.grid.decode_step_ms(max(last.mean_batch, 1.0), context)
+            share = min(max(1.0 - decoding / last.tpot.mean, 0.0), 1.0)
+    return EngineCurve(
+        rps=min(rate, saturation) if rate > 0 else saturation,
+        saturation=saturation,
+        loads=tuple(each / saturation for each in found.rates),
+        tpot=tuple(point.tpot.mean / 1e3 for point in found.points),
+        ttft=tuple(point.ttft.mean / 1e3 for point in found.points),
+        prefill_share=share,
+    )
 
 
 def reachable(engine: Engine, demand: Demand, objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:

@@ -8,13 +8,13 @@ replicas.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from servingtiers.core.decisions import PoolRole, Targets
+from servingtiers.core.decisions import EngineCurve, PoolRole, Targets
 from servingtiers.core.signals import Load
 from servingtiers.performance import engine_kernel as kernel
 from servingtiers.performance.engine_sim import EngineConfig, PoolConfig, draw_requests, make_pool
@@ -59,16 +59,31 @@ class OperatorCapacity:
     goals: Targets
     planned: sizing.Lengths
 
-    def rps(self, load: Load | None = None) -> float | None:
-        """Return requests per second per replica; None where neither the spec nor traffic tells lengths."""
+    def curve(self, load: Load | None = None) -> EngineCurve | None:
+        """Return what one replica carries; None where neither the spec nor traffic tells lengths."""
         seen = self.planned
-        if load is not None and self.engine.role is not PoolRole.PREFILL:
-            seen = sizing.lengths_seen(load, self.planned)
+        if load is not None:
+            seen = sizing.lengths_seen(load, self.planned, self.engine.role)
         if not seen.given:
             return None
         demand = sizing.demand_of(seen, rounded=seen is not self.planned)
         found = sizing.carried(self.engine, demand, sizing.objectives_of(self.goals, self.engine.role))
-        return self.error * found.requests_per_second if found.requests_per_second > 0 else None
+        curve = found.curve
+        if curve is None or found.requests_per_second <= 0:
+            return None
+        # Who believes in 40 % more believes in steps that are that much shorter.
+        return replace(
+            curve,
+            rps=self.error * curve.rps,
+            saturation=self.error * curve.saturation,
+            tpot=tuple(each / self.error for each in curve.tpot),
+            ttft=tuple(each / self.error for each in curve.ttft),
+        )
+
+    def rps(self, load: Load | None = None) -> float | None:
+        """Return requests per second per replica; None where neither the spec nor traffic tells lengths."""
+        curve = self.curve(load)
+        return None if curve is None else curve.rps
 
 
 @dataclass(frozen=True, slots=True)

@@ -920,7 +920,7 @@ class Fleet:
             max_num_seqs=pool.plan.engine.max_num_seqs,
             startup_seconds=median(starts) if starts else None,
             settled_seconds=max(0.0, self.now - max(since)) if since else None,
-            rps_per_replica=pool.plan.operator.rps(load),
+            curve=pool.plan.operator.curve(load),
             lent=sum(pod.holder is not pool for pod in own),
             borrowed=len(borrowed),
             borrowed_share=_share_of(pool, borrowed, load),
