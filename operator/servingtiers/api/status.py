@@ -158,6 +158,16 @@ class PoolMemory(StatusPart):
     """When replicas were last added."""
     last_scale_down: Time | None = None
     """When replicas were last removed."""
+    given_up_from: int | None = None
+    """Replicas before the latest scale-down began."""
+    given_up_to: int | None = None
+    """Replicas after it."""
+    kept: int | None = None
+    """Replicas that were taken back soon after they had been given up."""
+    regrets: int | None = None
+    """How often that happened lately, twice as often where the load swings widely."""
+    regretted_at: Time | None = None
+    """When the last of them was taken back."""
     idle_since: Time | None = None
     """Since when no request has come, proved."""
     spare_since: Time | None = None
@@ -168,6 +178,24 @@ class PoolMemory(StatusPart):
         list[int], Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "atomic"})
     ] = []
     """Latest start-up times of engines, newest last."""
+    learned_at: Time | None = None
+    """When traffic last taught something of what follows."""
+    work_micros: int | None = None
+    """Engine time a request costs at the objectives by the performance model, microseconds, at the lengths of late."""
+    slowness_permille: int | None = None
+    """Time that engines take over what the performance model says, in thousandths."""
+    headroom_permille: int | None = None
+    """What the error budget multiplies the need by, in thousandths."""
+    asked: int | None = None
+    """Requests of the last hour or so; what is old counts less."""
+    missed_milli: int | None = None
+    """Those of them that missed an objective, in thousandths of a request."""
+    load_peaks: Annotated[
+        list[int], Field(max_length=120, json_schema_extra={"x-kubernetes-list-type": "atomic"})
+    ] = []
+    """Peaks of the load per half minute of the last hour, hundredths of a replica, newest last; -1: not known."""
+    load_bucket: int | None = None
+    """Which half minute the newest is, counted from 1970."""
 
 
 class PoolStatus(StatusPart):

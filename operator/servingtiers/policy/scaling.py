@@ -1,15 +1,16 @@
-"""How many replicas: the first controller, target tracking with the manners of a good one.
+"""How many replicas: work that arrives and may arrive, over what an engine does, with the headroom that misses bought.
 
-What it reads, per pool: how busy the engines are, what waits, how fast requests arrive at the routers, and the
-percentiles of the window. What it promises:
+Where the performance model knows a pool, its replicas are those for the peak of the work until an engine ordered now
+could serve (:mod:`~servingtiers.policy.forecast`), at the capacity that traffic has taught
+(:mod:`~servingtiers.policy.learning`), times the headroom of the error budget (:mod:`~servingtiers.policy.budget`); a
+backlog and full batches call for more. Where it does not, batches, queues and percentiles steer. What it promises:
 
 * Growing needs little evidence, shrinking needs all of it: a signal that is Unknown never shrinks anything, and a
   gap restarts the hold that precedes a scale-down.
-* Replicas that are on their way count as supply. A need is met once: the backlog that builds up while engines
-  start is not met a second time (otherwise feedback with a dead time of minutes winds up to the maximum).
-  Pods that cannot be scheduled are neither supply nor a reason to stop deciding.
-* Before a scale-down, one replica fewer must carry today's load with room to spare, and must not call for the one that
-  went; for up to a minute after it, only more load than the larger pool carried adds any.
+* Replicas that are on their way count as supply. Pods that cannot be scheduled are neither supply nor a reason to stop
+  deciding.
+* Before a scale-down, fewer replicas must have carried the load, with room to spare, for a whole hold; what had to be
+  taken back stays (:mod:`~servingtiers.policy.flapping`).
 * Where one request alone already misses its objective, more replicas are futile and none are added.
 * The pools of a disaggregated tier are decided together, and serve or sleep together.
 
@@ -48,6 +49,17 @@ from servingtiers.core.signals import (
     number,
 )
 from servingtiers.core.times import ago, from_time, in_words, to_time
+from servingtiers.policy import flapping
+from servingtiers.policy.forecast import BUCKET_SECONDS, Forecast, ahead
+from servingtiers.policy.learning import (
+    Lesson,
+    Missed,
+    budget_of,
+    history_of,
+    learn,
+    rps_of,
+    slowness_of,
+)
 
 __all__ = ["QUANTILES", "TierManners", "decide", "hold_seconds", "manners"]
 
@@ -63,11 +75,29 @@ _LEAST_LATE = 3
 _ENOUGH_REQUESTS = 10
 """Requests in a window from which on their mean means something."""
 _PACE_SECONDS = 60.0
-"""At most one replica or 10 % of the pool leaves in this time."""
-_FLAP_SECONDS = 3600.0
-"""A scale-up so soon after a scale-down says that the scale-down was too early."""
-_QUIET_SECONDS = 3600.0
-"""After such a scale-up nothing shrinks for so long: load that comes and goes keeps what its peaks need."""
+"""At most one replica or a fifth of the pool leaves in this time."""
+_KEPT_SLACK = 1.15
+"""A pool within this factor of what it keeps is left as it is."""
+_AHEAD = 1.2
+"""Start-ups of the slower kind over the median: how far the forecast looks, besides the readings' own delay."""
+_READING_SECONDS = 30.0
+"""From a change of the load until a decision knows of it."""
+_ALONE = 0.35
+"""Capacity that a single engine wastes for want of neighbours to lean on; of ``n`` engines each wastes this / n."""
+_TOLERANCE = 0.05
+"""A need that exceeds the pool by less starts no engine: load that wavers about a whole number must not flap."""
+_HYSTERESIS = 1.03
+"""With this much more load, fewer replicas must suffice, too."""
+_FILLED = 0.82
+"""Share of slots or KV cache from which on engines are as good as full."""
+_LEAST_DRAIN = 30.0
+"""Time in which a backlog that misses objectives is worked off, seconds; longer where engines start more slowly."""
+_ECHO_SECONDS = 60.0
+"""For so long after a window that tells of fewer engines, requests still end that had waited for them."""
+_FRESH_SECONDS = 30.0
+"""Engines that have served for less are not yet at their pace."""
+_CROWDED_SECONDS = 0.2
+"""With a longer mean time in the queue the pace of engines tells of their queue, not of their speed."""
 _REGRET_SECONDS = 60.0
 """For so long at most after a scale-down what was given up is not taken back: readings still tell of the larger pool."""
 _FULL_BATCH = 0.8
@@ -76,8 +106,6 @@ _FULL_CACHE = 0.9
 """The same of the KV cache."""
 _STEADY_SHARE = 0.8
 """A window tells of full engines where its mean batch was at least this share of the batch of now."""
-_LEAST_OF_MODEL = 0.5
-"""Engines seen for less than a full window are not believed to do less than this share of what the model says."""
 _QUEUED_SECONDS = 1.0
 """A longer mean time in the queue says that requests of the window were not alone."""
 _DEFAULT_IDLE_SECONDS = 900.0
@@ -181,6 +209,10 @@ class _Latency:
     """Estimate of the percentile, seconds; None: no requests, or unknown."""
     late: float
     """Requests of the window that may have missed."""
+    total: float
+    """Requests of the window."""
+    likely: float
+    """Requests of the window that have missed, if latencies lie evenly inside their buckets."""
     unknown: str | None
     """Why the percentile is unknown or incomplete; None: it is complete."""
 
@@ -214,7 +246,17 @@ class _View:
     load: Load
     manners: TierManners
     arrivals: Signal
+    """Requests per second over the window."""
+    arriving: Signal
+    """The same at its end."""
     latencies: tuple[_Latency, ...]
+    feasible: bool = True
+    """False: even one request alone misses an objective."""
+
+    @property
+    def serving(self) -> int:
+        """Engines that the pool's routers select."""
+        return max(0, self.pool.ready - self.pool.lent + self.pool.borrowed)
 
     @property
     def supply(self) -> int:
@@ -233,8 +275,12 @@ class _View:
 
     def settled(self, seconds: float) -> bool:
         """Whether the present replicas have been the serving ones for so long."""
+        return self.coming == 0 and self.fresh_for(seconds)
+
+    def fresh_for(self, seconds: float) -> bool:
+        """Whether the newest engine has served for so long, whatever else is on its way."""
         since = self.pool.settled_seconds
-        return self.coming == 0 and (since is None or since >= seconds)
+        return since is None or since >= seconds
 
     @property
     def alone(self) -> bool:
@@ -256,7 +302,11 @@ class _View:
     @property
     def drain_seconds(self) -> float:
         """In what time a backlog shall be gone; no sooner than another engine could help."""
-        return max(self.manners.drain_seconds, _startup(self.pool, self.memory) or _ASSUMED_STARTUP)
+        start = _startup(self.pool, self.memory) or _ASSUMED_STARTUP
+        if self.pool.curve is not None and self.latencies:
+            # Whatever arrives meanwhile misses.
+            return max(_LEAST_DRAIN, start)
+        return max(self.manners.drain_seconds, start)
 
     @property
     def service_seconds(self) -> float | None:
@@ -314,6 +364,25 @@ class _View:
         return waiting > self.waiting_limit * self.answered
 
     @property
+    def mean_queue(self) -> float:
+        """Mean time in the queue of the window's requests, seconds."""
+        queue = self.load.queue_time
+        return (queue.mean or 0.0) if isinstance(queue, Histogram) else 0.0
+
+    @property
+    def crowded(self) -> bool:
+        """Whether requests of the window waited, or wait: the engines' pace is not that of their load."""
+        waiting = number(self.load.waiting) or 0.0
+        return self.mean_queue > _CROWDED_SECONDS or waiting > 2 * max(self.serving, 1)
+
+    @property
+    def had_backlog(self) -> bool:
+        """Whether a backlog is being worked off, or was within the window."""
+        waiting = number(self.load.waiting) or 0.0
+        first = min((each.target for each in self.latencies if each.metric == "ttft"), default=4.0)
+        return waiting > self.waiting_limit * max(self.serving, 1) or self.mean_queue > first / 4
+
+    @property
     def steady(self) -> bool:
         """Whether the whole window tells of batches like those of now: the load is not just ramping up."""
         running, mean = number(self.load.running), self.running_mean
@@ -333,28 +402,27 @@ class _View:
     def capacity(self) -> _Capacity | None:
         """Return what one replica carries.
 
-        The performance model's figure, lowered where full engines show that they do less. An engine with ``n``
-        requests in its batch that each take ``s`` seconds does ``n/s`` requests per second (Little's law). While
-        load ramps up ``n`` is not at its end and ``s`` is known of the short requests only: such a window may lower
-        the model's figure by half at most. Without a model it counts only where batches are full: an ``s`` that is
-        too short then asks for too few replicas, never for too many.
+        The performance model's figure as traffic has corrected it (see :mod:`servingtiers.policy.learning`). Where
+        there is no model, what full engines do: an engine with ``n`` requests in its batch that each take ``s`` seconds
+        does ``n/s`` requests per second (Little's law). An ``s`` of short requests only is too short, and then asks for
+        too few replicas, never for too many.
         """
-        model = self.pool.rps_per_replica
+        curve = self.pool.curve
+        if curve is not None:
+            slower = 100.0 * (slowness_of(self.memory) - 1.0)
+            learned = f", engines {abs(slower):.0f} % {'slower' if slower > 0 else 'faster'}"
+            return _Capacity(
+                rps_of(self.memory, curve), curve.source + (learned if abs(slower) >= 1.0 else "")
+            )
         measured = self._measured()
-        if model is None or model <= 0:
-            return _Capacity(measured, "what the full engines do") if measured else None
-        if measured is None or measured >= model:
-            return _Capacity(model, "the performance model")
-        if measured < _LEAST_OF_MODEL * model and not self.steady:
-            return _Capacity(_LEAST_OF_MODEL * model, "half of the performance model: the engines are full")
-        return _Capacity(measured, "what the full engines do")
+        return _Capacity(measured, "what the full engines do") if measured else None
 
     def _measured(self) -> float | None:
         """Return what one full engine does, requests per second; None: none is full, or not surely."""
-        running, seconds, full = number(self.load.running), self.service_seconds, self.batches_full
-        if not running or seconds is None or not (full or self.queue_stands):
+        running, seconds = number(self.load.running), self.service_seconds
+        if not running or seconds is None:
             return None
-        sure = full or self.steady or bool(self.pool.rps_per_replica)
+        sure = self.batches_full or (self.queue_stands and self.steady)
         return running / self.answered / seconds if sure else None
 
 
@@ -364,7 +432,7 @@ class _View:
 def _decide_tier(obs: TierObservation, now: float) -> TierDecision:
     owned = {pool.name: pool for pool in obs.pools}
     obs = replace(obs, pools=tuple(_as_served(pool) for pool in obs.pools))
-    views = tuple(_view(obs, pool) for pool in obs.pools)
+    views = tuple(_learned(_view(obs, pool), now) for pool in obs.pools)
     acting = acts(obs.spec.scaling.mode, suspended=obs.spec.suspend)
     may_sleep = all(view.pool.scaling.min_replicas == 0 for view in views)
     if may_sleep and all(view.pool.replicas == 0 for view in views):
@@ -377,11 +445,13 @@ def _decide_tier(obs: TierObservation, now: float) -> TierDecision:
 
     memory: dict[str, PoolMemory] = {}
     for view, (decision, remembered) in zip(views, outcomes, strict=True):
-        update = {}
+        update: dict[str, object] = {}
         if acting and decision.desired > decision.current:
-            update = {"last_scale_up": to_time(now)}
+            update = flapping.after_growth(
+                view.memory, decision, now, hold_seconds(view.pool, view.memory)[0]
+            )
         elif acting and decision.desired < decision.current:
-            update = {"last_scale_down": to_time(now)}
+            update = flapping.after_shrinking(view.memory, decision, now)
         memory[view.pool.name] = remembered.model_copy(update=update)
 
     roles = {view.pool.name: view.pool.role for view in views}
@@ -403,6 +473,32 @@ def _of_deployment(decision: Decision, pool: PoolFacts) -> Decision:
     """Return a decision about the engines that serve as one about the replicas of the pool's own Deployment."""
     change = decision.desired - decision.current
     return replace(decision, current=pool.replicas, desired=max(0, pool.replicas + change))
+
+
+def _learned(view: _View, now: float) -> _View:
+    """Return the view with what this reading teaches in its memory."""
+    curve = view.pool.curve
+    if curve is None:
+        return view
+    missed = None
+    if view.latencies and view.feasible:
+        # In requests of an objective that allows 1 %: a p90 may miss ten times as often.
+        missed = Missed(
+            max(each.total for each in view.latencies),
+            sum(0.01 * each.likely / (1.0 - QUANTILES[each.percentile]) for each in view.latencies),
+        )
+    lesson = Lesson(
+        role=view.pool.role,
+        load=view.load,
+        curve=curve,
+        arrivals=number(view.arriving),
+        serving=view.serving,
+        excused=not view.settled(view.load.window + _ECHO_SECONDS) or view.had_backlog,
+        steady=view.fresh_for(_FRESH_SECONDS) and not view.crowded,
+        standing=view.queue_stands and view.settled(view.load.window),
+        missed=missed,
+    )
+    return replace(view, memory=learn(view.memory, lesson, now))
 
 
 @dataclass(frozen=True, slots=True)
@@ -502,7 +598,7 @@ def _serving(
         kept: dict[str, str | int | None] = {"low_since": None, "low_peak": None}
         kept["idle_since"] = None if idle.since is None else to_time(idle.since)
         calls = need is not None or _missing(view) is None
-        decision = replace(decision, needed=(need.replicas if need is not None else 0) if calls else None)
+        decision = replace(decision, needed=_most(_needs(view, foresee=False)) if calls else None)
         return decision, view.memory.model_copy(update=kept | update)
 
     if idle.over(now) and idle.since is not None:
@@ -567,8 +663,8 @@ def _regret(view: _View, need: _Need, now: float) -> Decision | None:
         return None
     passed = now - from_time(last)
     patience = min(hold_seconds(view.pool, view.memory)[0], _REGRET_SECONDS)
-    # Steps down are 1 or a tenth of the larger pool.
-    before = current + max(1, math.ceil(current / 9))
+    # Steps down are 1 or a fifth of the larger pool.
+    before = current + max(1, math.ceil(current / 4))
     if not 0 <= passed < patience or need.replicas > before:
         return None
     return _decision(
@@ -596,6 +692,7 @@ def _shrink(
 ) -> tuple[Decision, PoolMemory]:
     """Take replicas away once fewer have sufficed for the whole hold."""
     memory, current = view.memory, view.pool.replicas
+    own_hold = view.pool.scaling.scale_down_hold is not None
     least = _least(view, floor)
     since, peak = now, least
     if memory.low_since is not None:
@@ -635,20 +732,22 @@ def _shrink(
             "The end of their drain.",
         )
     if acting:
-        quiet = _quiet_until(memory)
-        if quiet is not None and now < quiet and view.pool.scaling.scale_down_hold is None:
+        stays = 0 if own_hold else flapping.kept(memory, now, hold)
+        if current <= stays * _KEPT_SLACK:
             return stay(
                 Binding.HOLD_DOWN,
-                f"{fewer}, but load came back soon after the last scale-down:"
-                f" nothing shrinks for another {in_words(quiet - now)}.",
+                f"{fewer}, but {stays} were taken back soon after they had gone: they stay for another"
+                f" {in_words(flapping.quiet_left(memory, now, hold))}.",
                 "That time without a scale-up, or a scaleDownHold of your own.",
             )
         pause = _pause(memory, now)
         if pause is not None:
             return stay(Binding.HOLD_DOWN, f"{fewer}; {pause}", "The next minute.")
 
-    step = max(1, current // 10) if acting else current
+    step = max(1, current // 5) if acting else current
     desired = max(peak, current - step)
+    if acting and not own_hold:
+        desired = min(max(desired, flapping.kept(memory, now, hold)), current)
     return done(
         _decision(
             view,
@@ -664,6 +763,8 @@ def _shrink(
 
 def _least(view: _View, floor: int) -> int:
     """Return the fewest replicas that would carry today's load; more of them never carry less."""
+    if view.pool.curve is not None:
+        return min(max(_most(_needs(view, _HYSTERESIS)), floor), view.pool.replicas - 1)
     fewest, most = floor, view.pool.replicas - 1
     while fewest < most:
         middle = (fewest + most) // 2
@@ -686,21 +787,121 @@ def _over_the_maximum(view: _View, ceiling: int, now: float, *, acting: bool) ->
         if pause is not None:
             reason = f"{current} replicas exceed maxReplicas {ceiling}; {pause}"
             return _decision(view, current, Binding.MAX_REPLICAS, reason, change, limited=limited)
-    step = max(1, current // 10) if acting else current
+    step = max(1, current // 5) if acting else current
     desired = max(ceiling, current - step)
-    reason = f"{current} replicas exceed maxReplicas {ceiling}: at most one or 10 % leaves a minute."
+    reason = f"{current} replicas exceed maxReplicas {ceiling}: at most one or a fifth leaves a minute."
     return _decision(view, desired, Binding.MAX_REPLICAS, reason, change, limited=limited)
 
 
 # --- rules ------------------------------------------------------------------------------------------------------
 
 
-def _needs(view: _View) -> Iterator[_Need]:
-    """Yield what every signal calls for; the largest counts."""
+def _needs(view: _View, factor: float = 1.0, *, foresee: bool = True) -> Iterator[_Need]:
+    """Yield what every signal calls for; the largest counts.
+
+    Args:
+        view: The pool.
+        factor: Times the load of now, where the model knows the pool.
+        foresee: Look ahead there until an engine ordered now could serve; False: the load of now, as lending needs it,
+            which moves engines in seconds.
+    """
+    if view.pool.curve is not None:
+        yield from _needs_by_model(view, factor, foresee=foresee)
+        return
     yield from _need_by_rate(view)
     yield from _need_by_occupancy(view)
     yield from _need_by_backlog(view)
     yield from _need_by_latency(view)
+
+
+def _most(needs: Iterator[_Need]) -> int:
+    return max((need.replicas for need in needs), default=0)
+
+
+def _expected(view: _View) -> tuple[Forecast, float] | None:
+    """Return the peak of the load until an engine ordered now could serve, in replicas, and how far ahead that is.
+
+    None where arrivals or capacity are not known.
+    """
+    capacity, rate = view.capacity(), number(view.arriving)
+    if capacity is None or rate is None:
+        return None
+    slow = slowness_of(view.memory)
+    horizon = _AHEAD * (_startup(view.pool, view.memory) or _ASSUMED_STARTUP) + _READING_SECONDS
+    found = ahead(history_of(view.memory), rate / capacity.rps / slow, horizon)
+    return Forecast(slow * found.level, slow * found.margin, found.pairs), horizon
+
+
+def _needs_by_model(view: _View, factor: float, *, foresee: bool) -> Iterator[_Need]:
+    """Yield what the load to come, the backlog and the batches call for."""
+    expected, capacity, rate = _expected(view), view.capacity(), number(view.arriving)
+    filled = _need_by_filling(view)
+    if filled is not None:
+        yield filled
+    if expected is None or capacity is None or not rate:
+        yield from _need_by_backlog(view)
+        return
+    forecast, horizon = expected
+    budget = budget_of(view.memory)
+    load = rate / capacity.rps
+    if not foresee:
+        forecast = Forecast(load, 0.0, 0)
+    peak = factor * budget.headroom * forecast.peak
+    peak /= 1.0 - _ALONE / max(forecast.peak, 1.0)
+    if factor == 1.0:
+        peak = max(min(peak, view.pool.replicas), peak / (1.0 + _TOLERANCE))
+    seen = f"{_figure(rate)} requests/s arrive{_seen(view.arriving)}"
+    carries = f"one replica carries {_figure(capacity.rps)} ({capacity.source})"
+    yield _Need(
+        _ceil(peak),
+        Binding.FORECAST,
+        f"{seen}, {carries}: {load:.1f} replicas of work; within {in_words(horizon)} {forecast.level:.1f} and up to"
+        f" {forecast.margin:.1f} more are expected ({_learned_from(forecast)}), × {budget.headroom:.2f} for"
+        f" {budget.share(0.01):.0%} of the hour's error budget used.",
+        f"Fewer than {_figure(rate * max(_ceil(peak) - 1, 0) / max(peak, 1e-9))} requests/s, or shorter ones.",
+    )
+    waiting = view.load.waiting
+    if not isinstance(waiting, Value) or view.awaits_transfer:
+        return
+    limit = view.waiting_limit
+    if waiting.value > limit * max(view.serving, 1):
+        drain = view.drain_seconds
+        yield _Need(
+            _ceil(factor * budget.headroom * load + waiting.value / capacity.rps / drain),
+            Binding.QUEUE,
+            f"{_figure(waiting.value)} requests wait (seen {ago(waiting.age)}), {limit} per replica are allowed; {seen},"
+            f" {carries}: gone within {in_words(drain)}.",
+            "A queue below the limit.",
+        )
+
+
+def _learned_from(forecast: Forecast) -> str:
+    if forecast.pairs == 0:
+        return "a first guess: little is known of this load"
+    return f"as in the last {in_words(forecast.pairs * BUCKET_SECONDS)}"
+
+
+def _seen(signal: Signal) -> str:
+    return f" (seen {ago(signal.age)})" if isinstance(signal, Value) else ""
+
+
+def _need_by_filling(view: _View) -> _Need | None:
+    """Return what full batches call for: answers longer than those that have ended show nowhere else."""
+    running, cache = number(view.load.running), number(view.load.kv_usage)
+    if running is None or view.serving < 1 or view.pool.max_num_seqs < 1:
+        return None
+    slots = running / (view.serving * view.pool.max_num_seqs)
+    used = max(slots, cache or 0.0)
+    # A batch that is full for a moment has no queue.
+    if used < _FILLED or (number(view.load.waiting) or 0.0) < view.serving:
+        return None
+    return _Need(
+        max(view.serving + 1, _ceil(view.serving * used / _FILLED)),
+        Binding.QUEUE if slots >= used else Binding.KV_CACHE,
+        f"{_figure(running)} sequences run, {slots:.0%} of the slots and {_percent(view.load.kv_usage)} of the KV cache"
+        f" are taken; from {_FILLED:.0%} on engines are as good as full.",
+        "Fewer sequences in flight, or a larger maxNumSeqs where the KV cache has room.",
+    )
 
 
 def _need_by_rate(view: _View) -> Iterator[_Need]:
@@ -841,6 +1042,8 @@ def _shrink_blocker(view: _View, fewer: int, floor: int) -> tuple[Binding, str, 
             "Replicas that are ready.",
         )
 
+    if pool.curve is not None:
+        return _blocker_by_model(view, fewer)
     running, waiting = number(load.running) or 0.0, number(load.waiting) or 0.0
     running = max(running, view.running_mean or 0.0)
     room = _SHRINK * share * pool.max_num_seqs * fewer
@@ -885,6 +1088,23 @@ def _shrink_blocker(view: _View, fewer: int, floor: int) -> tuple[Binding, str, 
     return None
 
 
+def _blocker_by_model(view: _View, fewer: int) -> tuple[Binding, str, str] | None:
+    """Return what stands against ``fewer`` replicas where the model knows the pool."""
+    need = max(_needs(view, _HYSTERESIS), key=lambda each: each.replicas, default=None)
+    if need is not None and need.replicas > fewer:
+        return need.binding, need.reason, need.would_change
+    if view.alone:
+        return None
+    for latency in view.latencies:
+        if latency.missed and latency.observed is not None:
+            return (
+                Binding.STEADY,
+                f"{latency.name} is {in_words(latency.observed)}, above its target of {in_words(latency.target)}.",
+                f"{latency.name} below {in_words(latency.target)} for a hold.",
+            )
+    return None
+
+
 def _missing(view: _View) -> str | None:
     """Return what telemetry lacks for a scale-down; None when it is complete."""
     load = view.load
@@ -895,7 +1115,7 @@ def _missing(view: _View) -> str | None:
             return f"{label} is unknown ({signal.reason})"
         if isinstance(signal, Value) and signal.partial:
             return f"{label} is known of some replicas only"
-    if isinstance(view.arrivals, Unknown) and view.pool.rps_per_replica is not None:
+    if isinstance(view.arrivals, Unknown) and view.pool.curve is not None:
         return f"arrivals are unknown ({view.arrivals.reason})"
     if isinstance(view.arrivals, Value) and view.arrivals.partial:
         return "arrivals are known of some routers only"
@@ -930,8 +1150,18 @@ def _view(obs: TierObservation, pool: PoolFacts) -> _View:
         load=load,
         manners=_MANNERS[obs.spec.tier],
         arrivals=obs.load.router.arrival_rate,
+        arriving=_arriving(obs),
         latencies=tuple(latencies),
+        feasible=obs.feasible is not False,
     )
+
+
+def _arriving(obs: TierObservation) -> Signal:
+    """Return the arrivals of right now, or of the window where those are not known."""
+    router = obs.load.router
+    if isinstance(router.recent_rate, Unknown) or isinstance(router.arrival_rate, Zero):
+        return router.arrival_rate
+    return router.recent_rate
 
 
 def _latency(
@@ -961,10 +1191,12 @@ def _latency(
         )
         unknown = unknown or lacking
         target -= min(part or 0.0, target / 2)
-    late = 0.0
+    late = total = likely = 0.0
     if isinstance(own, Histogram):
-        late = own.total - own.count_at_most(target)[0]
-    return _Latency(metric, percentile, target, observed, late, unknown)
+        total = own.total
+        late = total - own.count_at_most(target)[0]
+        likely = total - own.likely_at_most(target)
+    return _Latency(metric, percentile, target, observed, late, total, likely, unknown)
 
 
 def _source(metric: str, role: PoolRole, load: Load) -> Distribution:
@@ -991,14 +1223,6 @@ def _startup(pool: PoolFacts, memory: PoolMemory) -> float | None:
     if pool.startup_seconds is not None:
         return pool.startup_seconds
     return float(median(memory.startup_seconds)) if memory.startup_seconds else None
-
-
-def _quiet_until(memory: PoolMemory) -> float | None:
-    """Return until when nothing shrinks because the last scale-down was taken back at once."""
-    if memory.last_scale_up is None or memory.last_scale_down is None:
-        return None
-    up, down = from_time(memory.last_scale_up), from_time(memory.last_scale_down)
-    return up + _QUIET_SECONDS if 0 <= up - down < _FLAP_SECONDS else None
 
 
 def _pause(memory: PoolMemory, now: float) -> str | None:
@@ -1046,10 +1270,20 @@ def _signals(view: _View) -> dict[str, str]:
         "arrivals": _show(view.arrivals, "/s"),
         "kvUsage": _percent(load.kv_usage),
     }
-    capacity = view.capacity()
+    expected, capacity = _expected(view), view.capacity()
+    if expected is not None:
+        forecast, horizon = expected
+        signals["forecast"] = (
+            f"{forecast.level:.1f} + {forecast.margin:.1f} replicas of work within {in_words(horizon)}"
+        )
+    if view.pool.curve is not None:
+        budget = budget_of(view.memory)
+        signals["headroom"] = (
+            f"× {budget.headroom:.2f}, {budget.share(0.01):.0%} of the hour's error budget used"
+        )
     if capacity is not None:
         signals["capacity"] = f"{_figure(capacity.rps)}/s per replica, {capacity.source}"
-    for latency in view.latencies[:8]:
+    for latency in view.latencies[:7]:
         key = f"{latency.metric}.{latency.percentile}"
         if latency.unknown is not None and latency.observed is None:
             signals[key] = f"unknown: {latency.unknown}"[:256]

@@ -1,0 +1,69 @@
+# the names of the tests are the sentences
+"""What a scale-down that was taken back teaches."""
+
+import pytest
+
+from servingtiers.api.status import PoolMemory
+from servingtiers.core.decisions import Binding, Decision
+from servingtiers.core.times import to_time
+from servingtiers.policy import flapping
+
+NOW = 1_800_000_000.0
+HOLD = 160.0
+CALM = [500] * 40
+SWINGS = [100] * 20 + [900] * 20
+
+
+def move(before: int, after: int) -> Decision:
+    return Decision("pool", before, after, "so", Binding.STEADY, "else")
+
+
+def down(memory: PoolMemory, before: int, after: int, now: float) -> PoolMemory:
+    return memory.model_copy(update=flapping.after_shrinking(memory, move(before, after), now))
+
+
+def up(memory: PoolMemory, before: int, after: int, now: float, hold: float = HOLD) -> PoolMemory:
+    return memory.model_copy(update=flapping.after_growth(memory, move(before, after), now, hold))
+
+
+def test_one_small_regret_is_chance():
+    memory = up(down(PoolMemory(load_peaks=CALM), 10, 9, NOW), 9, 10, NOW + 600)
+    assert memory.regrets == 1
+    assert flapping.kept(memory, NOW + 700, HOLD) == 0
+
+
+def test_a_second_one_keeps_what_was_taken_back():
+    memory = up(down(PoolMemory(load_peaks=CALM), 10, 9, NOW), 9, 10, NOW + 600)
+    memory = up(down(memory, 10, 9, NOW + 900), 9, 10, NOW + 1500)
+    assert flapping.kept(memory, NOW + 1600, HOLD) == 10
+    assert flapping.quiet_left(memory, NOW + 1600, HOLD) == pytest.approx(3500)
+    assert flapping.kept(memory, NOW + 5101, HOLD) == 0
+
+
+def test_a_large_one_is_enough_and_several_steps_down_are_one():
+    memory = down(down(PoolMemory(load_peaks=CALM), 10, 8, NOW), 8, 6, NOW + 60)
+    memory = up(memory, 6, 9, NOW + 600)
+    assert flapping.kept(memory, NOW + 700, HOLD) == 9
+    assert flapping.kept(up(memory, 9, 12, NOW + 700), NOW + 800, HOLD) == 10, "no more than there was"
+
+
+def test_under_a_load_that_swings_or_is_not_known_one_is_enough():
+    for peaks in (SWINGS, []):
+        memory = up(down(PoolMemory(load_peaks=peaks), 10, 9, NOW), 9, 10, NOW + 600)
+        assert flapping.kept(memory, NOW + 700, HOLD) == 10
+
+
+def test_growth_long_after_a_scale_down_regrets_nothing():
+    memory = up(down(PoolMemory(load_peaks=SWINGS), 10, 9, NOW), 9, 10, NOW + 3601)
+    assert memory.regretted_at is None
+
+
+def test_where_engines_start_fast_regrets_are_forgotten_sooner():
+    memory = up(down(PoolMemory(load_peaks=SWINGS), 10, 9, NOW), 9, 10, NOW + 600, 60.0)
+    assert flapping.kept(memory, NOW + 600 + 1349, 60.0) == 10
+    assert flapping.kept(memory, NOW + 600 + 1351, 60.0) == 0
+
+
+def test_a_clock_that_was_set_back_keeps_nothing():
+    memory = PoolMemory(kept=10, regretted_at=to_time(NOW + 100))
+    assert flapping.kept(memory, NOW, HOLD) == 0

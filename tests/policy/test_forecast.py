@@ -1,0 +1,80 @@
+# the names of the tests are the sentences
+"""What the last hour says of the load to come."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from servingtiers.policy.forecast import BUCKET_SECONDS, KEPT_BUCKETS, History, ahead
+
+NOW = 1_800_000_000.0
+
+
+def hour(of) -> History:
+    """Return the history of a load that is ``of(seconds)`` replicas over an hour."""
+    history = History()
+    for second in range(0, 3600, 15):
+        history = history.with_load(NOW + second, of(second))
+    return history
+
+
+def test_the_peaks_of_half_minutes_are_kept_for_an_hour():
+    history = hour(lambda second: second / 360.0)
+    assert len(history.peaks) == KEPT_BUCKETS
+    assert history.peaks[0] == 4, "the higher of 0 s and 15 s"
+    assert hour(lambda _: 0.0).empty
+
+
+def test_what_was_not_seen_is_not_zero():
+    history = History().with_load(NOW, 3.0).with_load(NOW + 5 * BUCKET_SECONDS, 2.0)
+    assert history.peaks == (300, -1, -1, -1, -1, 200)
+    assert History().with_load(NOW, 3.0).with_load(NOW + 7200, 2.0).peaks == (200,)
+
+
+def test_little_known_means_a_wide_margin_and_says_so():
+    forecast = ahead(History().with_load(NOW, 4.0), 4.0, 180.0)
+    assert (forecast.level, forecast.margin, forecast.pairs) == (4.0, 1.0, 0)
+
+
+def test_a_steady_load_needs_little_beyond_itself():
+    forecast = ahead(hour(lambda _: 5.0), 5.0, 180.0)
+    assert forecast.level == pytest.approx(5.0)
+    assert forecast.margin == pytest.approx(0.3), "an hour without a rise proves nothing: 6 % stay"
+
+
+def test_a_load_that_comes_and_goes_keeps_what_its_rushes_need():
+    """Two minutes of 10 in every ten: in a lull of 1 the next rush is nearer than an engine's start."""
+    forecast = ahead(hour(lambda second: 10.0 if second % 600 < 120 else 1.0), 1.0, 500.0)
+    assert forecast.peak == pytest.approx(10.0, abs=0.6)
+
+
+def test_a_load_that_climbs_slowly_is_followed_closely():
+    """From 2 to 10 in an hour: three minutes bring 0.4."""
+    forecast = ahead(hour(lambda second: 2.0 + 8.0 * second / 3600.0), 10.0, 180.0)
+    assert 10.4 < forecast.peak < 11.1
+
+
+def test_one_rise_is_not_expected_to_come_on_top_of_itself():
+    forecast = ahead(hour(lambda second: 2.0 if second < 3000 else 8.0), 8.0, 180.0)
+    assert forecast.peak < 8.6
+
+
+loads = st.lists(st.floats(0.0, 50.0), min_size=1, max_size=150)
+
+
+@settings(deadline=None)
+@given(loads, st.floats(0.0, 60.0), st.floats(0.0, 60.0), st.sampled_from([5.0, 60.0, 200.0, 400.0]))
+def test_more_load_never_foretells_less(past, one, other, seconds):
+    history = History()
+    for index, load in enumerate(past):
+        history = history.with_load(NOW + index * BUCKET_SECONDS, load)
+    now = NOW + len(past) * BUCKET_SECONDS
+    low, high = sorted((one, other))
+    less, more = (ahead(history.with_load(now, load), load, seconds) for load in (low, high))
+    assert less.peak <= more.peak + 1e-9
+    for forecast, load in ((less, low), (more, high)):
+        assert forecast.level >= load
+        assert forecast.margin >= 0
+        assert math.isfinite(forecast.peak)

@@ -1,0 +1,134 @@
+# the names of the tests are the sentences
+"""What traffic teaches of a pool."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from servingtiers.api.status import PoolMemory
+from servingtiers.core.decisions import EngineCurve, PoolRole
+from servingtiers.core.signals import Coverage, Histogram, Load
+from servingtiers.policy.learning import Lesson, Missed, history_of, learn, rps_of, slowness_of
+
+NOW = 1_800_000_000.0
+CURVE = EngineCurve(
+    rps=9.0,
+    saturation=10.0,
+    loads=(0.1, 0.5, 0.9),
+    tpot=(0.010, 0.015, 0.030),
+    ttft=(0.1, 0.2, 0.6),
+    prefill_share=0.5,
+)
+
+
+def times(mean: float, count: float = 300.0) -> Histogram:
+    return Histogram((mean, math.inf), (count, count), count * mean)
+
+
+def lesson(slow: float = 1.0, rate: float = 5.0, **changes: object) -> Lesson:
+    """One engine that is ``slow`` times slower than the model and ends ``rate`` requests per second."""
+    at = slow * rate / CURVE.saturation
+    made = Lesson(
+        role=PoolRole.AGGREGATED,
+        load=Load(
+            60.0,
+            Coverage(1, 1),
+            ttft=times(slow * CURVE.at(at, CURVE.ttft)),
+            itl=times(slow * CURVE.at(at, CURVE.tpot)),
+            e2e=times(4.0, 60.0 * rate),
+        ),
+        curve=CURVE,
+        arrivals=rate,
+        serving=1,
+        excused=False,
+        steady=True,
+        standing=False,
+        missed=Missed(60.0 * rate, 0.0),
+    )
+    return replace(made, **changes)
+
+
+def taught(made: Lesson, times_: int = 1, memory: PoolMemory = PoolMemory()) -> PoolMemory:  # noqa: B008
+    for step in range(times_):
+        memory = learn(memory, made, NOW + 15.0 * step)
+    return memory
+
+
+@pytest.mark.parametrize("slow", [0.6, 0.8, 1.0, 1.4, 1.67])
+def test_one_reading_of_their_pace_tells_how_slow_engines_are(slow):
+    memory = taught(lesson(slow))
+    assert slowness_of(memory) == pytest.approx(slow, rel=0.01)
+    assert rps_of(memory, CURVE) == pytest.approx(9.0 / slow, rel=0.01)
+
+
+def test_later_readings_change_the_opinion_slowly():
+    memory = taught(lesson(1.0))
+    once = learn(memory, lesson(1.5), NOW + 60)
+    assert 1.03 < slowness_of(once) < 1.1
+    for step in range(2, 60):
+        once = learn(once, lesson(1.5), NOW + 15 * step + 60)
+    assert slowness_of(once) == pytest.approx(1.5, abs=0.02)
+
+
+def test_engines_with_a_queue_that_stands_do_what_they_can():
+    assert slowness_of(taught(lesson(rate=6.0, standing=True, steady=False))) == pytest.approx(
+        10.0 / 6.0, abs=0.001
+    )
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        {"steady": False},
+        {"serving": 0},
+        {"load": replace(lesson().load, coverage=Coverage(0, 1))},
+        {"load": replace(lesson().load, e2e=times(4.0, 10.0))},
+        {"load": replace(lesson().load, e2e=times(4.0, 60.0))},
+    ],
+    ids=["crowded or fresh", "no engine", "incomplete", "few requests", "hardly busy"],
+)
+def test_what_does_not_tell_teaches_no_pace(why):
+    assert taught(lesson(1.5, **why)).slowness_permille is None
+
+
+def test_the_same_reading_teaches_once():
+    memory = taught(lesson(1.4))
+    assert learn(memory, lesson(0.6), NOW + 5.0) == memory
+
+
+def test_the_load_is_kept_in_replicas_of_the_models_speed():
+    assert history_of(taught(lesson(2.0, rate=4.5))).peaks == (50,)
+
+
+def test_an_idle_pool_keeps_no_history_of_zeros():
+    assert taught(lesson(rate=5.0, arrivals=0.0), 5).load_peaks == []
+
+
+def test_the_cost_of_a_request_follows_lengths_with_inertia():
+    memory = taught(lesson())
+    longer = lesson(curve=replace(CURVE, rps=6.0, saturation=7.0))
+    once = learn(memory, longer, NOW + 15)
+    assert memory.work_micros is not None
+    assert once.work_micros is not None
+    assert 1.0 < once.work_micros / memory.work_micros < 1.5
+    many = once
+    for step in range(2, 40):
+        many = learn(many, longer, NOW + 15 * step)
+    assert many.work_micros == pytest.approx(1e6 / 6.0, rel=0.01)
+
+
+def test_other_traffic_begins_with_a_budget_of_its_own():
+    memory = taught(lesson(missed=Missed(300.0, 100.0)), 20)
+    assert memory.headroom_permille is not None
+    assert memory.headroom_permille > 1500
+    shifted = learn(memory, lesson(curve=replace(CURVE, rps=90.0, saturation=100.0)), NOW + 600)
+    assert shifted.work_micros == pytest.approx(1e6 / 90.0, rel=0.01)
+    assert shifted.headroom_permille is not None
+    assert shifted.headroom_permille <= 1000
+
+
+def test_what_is_remembered_survives_the_status_as_text():
+    memory = taught(lesson(1.2), 8)
+    assert PoolMemory.model_validate_json(memory.model_dump_json()) == memory
+    assert len(memory.model_dump_json(exclude_none=True, by_alias=True)) < 1000
