@@ -114,12 +114,14 @@ class Row:
     @property
     def error(self) -> float:
         """Simulated over measured, less one; medians over the runs."""
-        return median(self.simulated) / median(self.measured) - 1.0
+        measured = median(self.measured)
+        return median(self.simulated) / measured - 1.0 if measured > 0 else math.inf
 
     @property
     def spread(self) -> float:
         """Half the range of the measured runs over their median."""
-        return (max(self.measured) - min(self.measured)) / 2.0 / median(self.measured)
+        measured = median(self.measured)
+        return (max(self.measured) - min(self.measured)) / 2.0 / measured if measured > 0 else 0.0
 
     @property
     def kept(self) -> bool:

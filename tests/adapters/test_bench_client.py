@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import pytest
 from aiohttp import web
 
-from servingtiers.adapters.bench_client import BenchError, Failure, OpenLoopClient, Planned
+from servingtiers.adapters.bench_client import BenchError, Endpoint, Failure, OpenLoopClient, Planned
 from servingtiers.lab.engines import EngineConfig, SimulatedEngine
 
 # Of this process alone: several test runs may share a machine.
@@ -67,7 +67,8 @@ async def test_arrivals_do_not_wait_for_answers():
     async with engine(max_num_seqs=1) as to:
         _, outcomes, _ = await replay(to.url, every(0.05, 10))
     assert all(each.failure is None for each in outcomes)
-    assert max(each.sent - each.planned.at for each in outcomes) < 0.15
+    # The last one had left when the fourth was answered; a client that waits would send it after the ninth.
+    assert outcomes[-1].sent < outcomes[3].last
     waits = [each.first - each.sent for each in outcomes]
     assert waits[-1] > 1.5
     assert waits == sorted(waits)
@@ -106,6 +107,18 @@ async def test_a_run_that_is_broken_off_keeps_what_it_has():
     assert outcomes[-1].failure is Failure.NOT_SENT
 
 
+async def test_tokens_without_a_count_and_without_text_are_counted(serve_completions):
+    """vllm-router drops the wish for running usage, and a token may be half a character: a chunk with no text."""
+    url = await serve_completions(["", "", ""], 5)
+    async with OpenLoopClient(url, "m") as client:
+        client._endpoint = Endpoint("m", "", None, chat=False, token_ids=True, fixed_lengths=True)
+        (outcome,) = await client.replay(every(0, 1, output=5))
+    assert outcome.failure is None
+    assert outcome.output_tokens == 5
+    assert outcome.sent < outcome.first < outcome.last
+    assert client.tokens_between(0, 10) == 5  # those that shared a chunk, too
+
+
 # --- servers that are not vLLM ----------------------------------------------------------------------------------
 
 
@@ -113,7 +126,7 @@ class Server:
     """A minimal chat server: two tokens a word and seven around them; refuses fields that OpenAI does not have."""
 
     def __init__(self, *, cut: bool = False, counts: bool = True):
-        self.cut, self.counts = cut, counts
+        self.cut, self.counts, self.nonsense = cut, counts, ""
         self.bodies: list[dict] = []
 
     async def models(self, request):
@@ -127,6 +140,8 @@ class Server:
         words = len(body["messages"][0]["content"].split())
         response = web.StreamResponse()
         await response.prepare(request)
+        if self.nonsense:
+            await response.write(f"data: {self.nonsense}\n\n".encode())
         for number in range(body["max_tokens"]):
             chunk = {"choices": [{"delta": {"content": "a "}}]}
             await response.write(f"data: {json.dumps(chunk)}\n\n".encode())
@@ -137,6 +152,36 @@ class Server:
         last = {"choices": [], **({"usage": usage} if self.counts else {})}
         await response.write(f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n".encode())
         return response
+
+
+@pytest.fixture
+async def serve_completions():
+    runners = []
+
+    async def start(texts: list[str], tokens: int) -> str:
+        async def answer(request):
+            response = web.StreamResponse()
+            await response.prepare(request)
+            for text in texts:
+                await response.write(f"data: {json.dumps({'choices': [{'text': text}]})}\n\n".encode())
+                await asyncio.sleep(0.02)
+            usage = {"prompt_tokens": 100, "completion_tokens": tokens}
+            last = json.dumps({"choices": [], "usage": usage})
+            await response.write(f"data: {last}\n\ndata: [DONE]\n\n".encode())
+            return response
+
+        app = web.Application()
+        app.router.add_post("/v1/completions", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        runners.append(runner)
+        address = next(ADDRESSES)
+        await web.TCPSite(runner, address, 18084).start()
+        return f"http://{address}:18084"
+
+    yield start
+    for runner in runners:
+        await runner.cleanup()
 
 
 @pytest.fixture
@@ -181,6 +226,21 @@ async def test_a_stream_that_ends_early_is_broken(serve):
     assert outcome.output_tokens == 0  # the server never counted them
 
 
+@pytest.mark.parametrize(
+    "line", ["[1]", "{not json", '{"choices": 5}', '{"choices": [{"text": "a"}], "usage": 7}']
+)
+async def test_an_answer_that_is_not_of_the_api_is_a_failure_with_its_reason(serve, line):
+    """Whatever comes, no request is lost from the count."""
+    server = Server()
+    url = await serve(server)
+    async with OpenLoopClient(url, "plain", chat=True) as client:
+        await client.look()
+        server.nonsense = line
+        (outcome,) = await client.replay(every(0, 1))
+    assert outcome.failure is Failure.BROKEN
+    assert outcome.detail
+
+
 async def test_requests_of_a_common_text_share_their_beginning():
     seen = []
 
@@ -195,8 +255,6 @@ async def test_requests_of_a_common_text_share_their_beginning():
     address = next(ADDRESSES)
     await web.TCPSite(runner, address, 18084).start()
     async with OpenLoopClient(f"http://{address}:18084", "m") as client:
-        from servingtiers.adapters.bench_client import Endpoint
-
         client._endpoint = Endpoint("m", "", None, chat=False, token_ids=True, fixed_lengths=True)
         await client.replay([Planned(0, 60, 1, shared) for shared in (0, 40, 40, 80)])
     await runner.cleanup()

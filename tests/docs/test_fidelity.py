@@ -56,3 +56,11 @@ def test_the_median_over_the_load_points_decides(fidelity):
     verdict = fidelity.compare.verdicts(fidelity.compare.rows(points))[0]
     assert (verdict.points, verdict.kept) == (3, True)
     assert verdict.error == pytest.approx(0.1)
+
+
+def test_the_page_is_written_from_the_results(fidelity, tmp_path):
+    page = ROOT / "docs" / "explanation" / "fidelity.md"
+    fidelity.page.write(tmp_path / "fidelity.md")
+    assert (tmp_path / "fidelity.md").read_text() == page.read_text(), (
+        "run `cd e2e && python -m fidelity.page`"
+    )

@@ -444,6 +444,8 @@ class OpenLoopClient:
         except asyncio.CancelledError:
             outcome.failure, outcome.detail = Failure.TIMED_OUT, "the run was broken off"
             raise
+        except Exception as error:  # noqa: BLE001 - an answer that nobody foresaw is a failure, too, and has to be named
+            outcome.failure, outcome.detail = Failure.BROKEN, f"{type(error).__name__}: {error}"[:300]
 
     async def _read(self, response: aiohttp.ClientResponse, outcome: Outcome) -> bool:
         """Read a stream to its end; return whether it ended as it should."""
@@ -472,11 +474,12 @@ class OpenLoopClient:
                     outcome.prompt_tokens = int(usage.get("prompt_tokens") or 0)
                     total = int(usage.get("completion_tokens") or 0)
                     outcome.output_tokens = total
-                    if choices:  # the last chunk has usage and no choice: it brings no token
-                        came += total - counted
-                        counted = total
-                elif choices and _content(choices[0]):
-                    # Without running usage a chunk counts as one token, until the end says how many there were.
+                    # The last chunk has usage and no choice. Where chunks had no count of their own, it tells of
+                    # tokens that shared a chunk.
+                    came += max(total - counted, 0)
+                    counted = total
+                elif choices and _brings_a_token(choices[0]):
+                    # Routers may drop the wish for running usage: a chunk then counts as one token.
                     came += 1
                     counted += 1
             self._count(outcome, now, came)
@@ -494,12 +497,10 @@ class OpenLoopClient:
         outcome.last = now
 
 
-def _content(choice: dict[str, Any]) -> bool:
-    delta = choice.get("delta") or {}
-    return bool(
-        choice.get("text")
-        or delta.get("content")
-        or delta.get("reasoning_content")
-        or delta.get("reasoning")
-        or delta.get("tool_calls")
-    )
+def _brings_a_token(choice: dict[str, Any]) -> bool:
+    """Return whether a chunk brings a token; its text may be empty: half a character, or one that is not printed."""
+    if "delta" not in choice:
+        return "text" in choice
+    delta = choice["delta"] or {}
+    # A chat begins with a chunk that says who speaks, and nothing else.
+    return "role" not in delta or bool(delta.get("content"))
