@@ -142,6 +142,7 @@ class Cluster:
         # An API server that outlives its etcd hangs in its graceful shutdown.
         for name in ("containerd", "kube-scheduler", "kube-controller-manager", "kube-apiserver", "etcd"):
             self.daemons[name].stop()
+        self._remove_shims()
         self._unmount()
         if self.places.netns.exists():
             _run("ip", "netns", "delete", self.places.namespace)
@@ -159,6 +160,15 @@ class Cluster:
             _run(*ctr, "tasks", "rm", "--force", task, check=False)
         for container in _run(*ctr, "containers", "ls", "-q", check=False).stdout.split():
             _run(*ctr, "containers", "rm", container, check=False)
+
+    def _remove_shims(self) -> None:
+        """End what held a sandbox and outlived its runtime: a shim of this cluster, told by the socket it was given."""
+        socket = str(self.places.containerd_socket).encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                if words[0].endswith(b"/containerd-shim-runc-v2") and socket in words:
+                    os.kill(int(process.name), 9)
 
     def _unmount(self) -> None:
         inside = (f"{self.places.state}/", f"{self.places.run}/")
