@@ -59,9 +59,9 @@ def test_growth_long_after_a_scale_down_regrets_nothing():
 
 
 def test_where_engines_start_fast_regrets_are_forgotten_sooner():
-    memory = up(down(PoolMemory(load_peaks=SWINGS), 10, 9, NOW), 9, 10, NOW + 600, 60.0)
-    assert flapping.kept(memory, NOW + 600 + 1349, 60.0) == 10
-    assert flapping.kept(memory, NOW + 600 + 1351, 60.0) == 0
+    memory = up(down(PoolMemory(load_peaks=SWINGS), 10, 9, NOW + 300), 9, 10, NOW + 600, 60.0)
+    assert flapping.kept(memory, NOW + 600 + 505, 60.0) == 10
+    assert flapping.kept(memory, NOW + 600 + 507, 60.0) == 0
 
 
 def test_a_clock_that_was_set_back_keeps_nothing():

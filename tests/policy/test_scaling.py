@@ -155,7 +155,7 @@ LONG = 10_000.0
         ("batches fuller than planned", pool(2), load(2, running=19), GONE, 3, Binding.QUEUE),
         ("a queue above the limit", pool(2), load(2, running=10, waiting=17), GONE, 4, Binding.QUEUE),
         ("a queue at the limit", pool(2), load(2, running=7, waiting=16), GONE, 2, Binding.STEADY),
-        ("arrivals above the modelled capacity", pool(2, curve=carries(1.0)), load(2, running=10), 4.0, 6, Binding.FORECAST),
+        ("arrivals above the modelled capacity", pool(2, curve=carries(1.0)), load(2, running=10), 4.0, 5, Binding.FORECAST),
         ("p99 TTFT above its target", pool(2), load(2, running=10, ttft=latencies(TTFT, 0.2, 0.9, each=50)), GONE, 3, Binding.TTFT),
         ("p99 TPOT above its target", pool(4), load(4, running=10, tpot=latencies(TPOT, 0.02, 0.07, each=50)), GONE, 6, Binding.TPOT),
         ("fewer than the minimum", pool(0, ready=0), None, GONE, 1, Binding.MIN_REPLICAS),
@@ -430,7 +430,7 @@ def test_a_drain_delays_the_next_scale_down_and_keeps_the_hold():
     [
         ("in flight", load(4, running=22), GONE, None),
         ("waiting", load(4, running=3, waiting=13), GONE, None),
-        ("arrivals", load(4, running=3), 2.2, 1.0),
+        ("arrivals", load(4, running=3), 2.8, 1.0),
         (
             "TTFT at 90 % of its target",
             load(4, running=9, ttft=latencies(TTFT, 0.2, 0.45, each=400)),

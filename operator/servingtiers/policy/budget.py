@@ -14,7 +14,7 @@ __all__ = ["FIRST", "MOST", "Budget", "spend"]
 
 FIRST = 1.0
 """Headroom until something was seen."""
-LEAST, MOST = 0.92, 2.5
+LEAST, MOST = 0.95, 2.5
 """A pool of many engines carries a little more than each of them alone under random arrivals."""
 _MEMORY_SECONDS = 3600.0
 """What was missed so long ago counts 1/e."""

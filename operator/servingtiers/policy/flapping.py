@@ -2,7 +2,8 @@
 
 An engine that is stopped and started again within the hour has cost a start-up, and its clients a queue. One small regret
 is chance; after a large one, a second one, or one under a load that is known to swing, what was taken back stays. For how
-long a regret is remembered goes with what it costs: some twenty holds, an hour at most.
+long a regret is remembered goes with what it costs, time and accelerators: with the square of the start-up, for an hour where
+engines take two minutes.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from servingtiers.core.times import from_time, to_time
 
 __all__ = ["after_growth", "after_shrinking", "kept", "quiet_left"]
 
-_HOLDS = 22.5
-_LEAST_SECONDS, _MOST_SECONDS = 1200.0, 3600.0
+_LONG_HOLD = 160.0
+_LEAST_SECONDS, _MOST_SECONDS = 300.0, 3600.0
 _SWING = 3.0
 """A load whose high is so many times its low, without the tenth beyond either, comes and goes."""
 _LARGE = 0.4
@@ -23,7 +24,7 @@ _LARGE = 0.4
 
 def _patience(hold: float) -> float:
     """Return for how long a regret is remembered, and how soon after a scale-down a scale-up is one, seconds."""
-    return min(max(_HOLDS * hold, _LEAST_SECONDS), _MOST_SECONDS)
+    return min(max(_MOST_SECONDS * (hold / _LONG_HOLD) ** 2, _LEAST_SECONDS), _MOST_SECONDS)
 
 
 def after_growth(memory: PoolMemory, decision: Decision, now: float, hold: float) -> dict[str, object]:

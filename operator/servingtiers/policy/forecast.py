@@ -30,11 +30,11 @@ _FORGET_BUCKETS = 80.0
 """After so many buckets a pair weighs half."""
 _CAP = 1.05
 """No more is expected than the highest peak of the hour times this, unless there is more already."""
-_FLOOR = 0.06
+_FLOOR = 0.08
 """Least margin, as a share of the load, for a start-up of three minutes; an hour without a rise proves nothing."""
 _CONFIDENCE = 0.93
 """Share of the hour's peaks, weighted by their load, that the margin covers."""
-_FIRST_MARGIN = 0.25
+_FIRST_MARGIN = 0.1
 """Margin of a load of which nothing is known yet, as a share of it, for a start-up of a minute or more."""
 
 

@@ -76,7 +76,7 @@ _ENOUGH_REQUESTS = 10
 """Requests in a window from which on their mean means something."""
 _PACE_SECONDS = 60.0
 """At most one replica or a fifth of the pool leaves in this time."""
-_KEPT_SLACK = 1.15
+_KEPT_SLACK = 1.25
 """A pool within this factor of what it keeps is left as it is."""
 _AHEAD = 1.2
 """Start-ups of the slower kind over the median: how far the forecast looks, besides the readings' own delay."""
@@ -88,7 +88,7 @@ _TOLERANCE = 0.05
 """A need that exceeds the pool by less starts no engine: load that wavers about a whole number must not flap."""
 _HYSTERESIS = 1.03
 """With this much more load, fewer replicas must suffice, too."""
-_FILLED = 0.82
+_FILLED = 0.76
 """Share of slots or KV cache from which on engines are as good as full."""
 _LEAST_DRAIN = 30.0
 """Time in which a backlog that misses objectives is worked off, seconds; longer where engines start more slowly."""
@@ -892,8 +892,10 @@ def _need_by_filling(view: _View) -> _Need | None:
         return None
     slots = running / (view.serving * view.pool.max_num_seqs)
     used = max(slots, cache or 0.0)
-    # A batch that is full for a moment has no queue.
-    if used < _FILLED or (number(view.load.waiting) or 0.0) < view.serving:
+    # A batch that is full for a moment has no queue. Full ones are what a backlog leaves behind, too, and the replicas
+    # that work it off are here or coming.
+    queued = (number(view.load.waiting) or 0.0) >= view.serving
+    if used < _FILLED or not queued or not view.settled(_ECHO_SECONDS):
         return None
     return _Need(
         max(view.serving + 1, _ceil(view.serving * used / _FILLED)),
