@@ -1,6 +1,8 @@
 # the names of the tests are the sentences
 """What a scale-down that was taken back teaches."""
 
+from dataclasses import replace
+
 import pytest
 
 from servingtiers.api.status import PoolMemory
@@ -67,3 +69,15 @@ def test_where_engines_start_fast_regrets_are_forgotten_sooner():
 def test_a_clock_that_was_set_back_keeps_nothing():
     memory = PoolMemory(kept=10, regretted_at=to_time(NOW + 100))
     assert flapping.kept(memory, NOW, HOLD) == 0
+
+
+def test_what_the_user_orders_is_no_regret():
+    """A lowered maximum that is raised again, and a raised minimum."""
+    ordered = replace(move(10, 4), binding=Binding.MAX_REPLICAS)
+    memory = PoolMemory(load_peaks=SWINGS)
+    memory = memory.model_copy(update=flapping.after_shrinking(memory, ordered, NOW))
+    assert up(memory, 4, 10, NOW + 600).regretted_at is None
+    memory = down(PoolMemory(load_peaks=SWINGS), 10, 4, NOW)
+    ordered = replace(move(4, 8), binding=Binding.MIN_REPLICAS)
+    memory = memory.model_copy(update=flapping.after_growth(memory, ordered, NOW + 600, HOLD))
+    assert (memory.regretted_at, memory.last_scale_up) == (None, to_time(NOW + 600))

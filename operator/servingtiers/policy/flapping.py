@@ -9,7 +9,7 @@ engines take two minutes.
 from __future__ import annotations
 
 from servingtiers.api.status import PoolMemory
-from servingtiers.core.decisions import Decision
+from servingtiers.core.decisions import Binding, Decision
 from servingtiers.core.times import from_time, to_time
 
 __all__ = ["after_growth", "after_shrinking", "kept", "quiet_left"]
@@ -38,6 +38,8 @@ def after_growth(memory: PoolMemory, decision: Decision, now: float, hold: float
     """
     found: dict[str, object] = {"last_scale_up": to_time(now)}
     down = memory.last_scale_down
+    if decision.binding is Binding.MIN_REPLICAS:  # the user's order takes nothing back
+        return found
     if down is None or memory.given_up_from is None or not 0 <= now - from_time(down) < _patience(hold):
         return found
     found["regretted_at"] = to_time(now)
@@ -67,6 +69,8 @@ def _swings(memory: PoolMemory) -> bool:
 def after_shrinking(memory: PoolMemory, decision: Decision, now: float) -> dict[str, object]:
     """Return what to remember of a scale-down; several in a row are one."""
     found: dict[str, object] = {"last_scale_down": to_time(now), "given_up_to": decision.desired}
+    if decision.binding is Binding.MAX_REPLICAS:  # the user's order, not a hope that proved wrong
+        return found | {"given_up_from": None, "given_up_to": None}
     up, down = memory.last_scale_up, memory.last_scale_down
     if down is None or (up is not None and from_time(up) >= from_time(down)):
         found["given_up_from"] = decision.current
