@@ -78,3 +78,11 @@ def test_more_load_never_foretells_less(past, one, other, seconds):
         assert forecast.level >= load
         assert forecast.margin >= 0
         assert math.isfinite(forecast.peak)
+
+
+def test_a_clock_that_is_set_back_a_little_forgets_nothing():
+    """Another replica of the operator takes over, and its clock is behind."""
+    history = hour(lambda _: 5.0)
+    back = history.with_load(NOW + 3585 - 40, 7.0)
+    assert (len(back.peaks), back.peaks[-1], back.last) == (KEPT_BUCKETS, 700, history.last)
+    assert history.with_load(NOW, 7.0).peaks == (700,), "an hour back is another time"

@@ -17,6 +17,8 @@ __all__ = ["BUCKET_SECONDS", "KEPT_BUCKETS", "Forecast", "History", "ahead"]
 BUCKET_SECONDS = 30.0
 KEPT_BUCKETS = 120
 """An hour."""
+_SET_BACK_BUCKETS = 4
+"""A clock that goes back by so little, as that of another replica of the operator may, has forgotten nothing."""
 _MISSING = -1
 _SCALE = 100.0
 """The history is kept in hundredths of a replica."""
@@ -51,10 +53,10 @@ class History:
         """Return the history with the load of now, replicas."""
         index = math.floor(now / BUCKET_SECONDS)
         value = round(load * _SCALE)
-        if self.last is None or index - self.last >= KEPT_BUCKETS or index < self.last:
+        if self.last is None or not self.peaks or not -_SET_BACK_BUCKETS <= index - self.last < KEPT_BUCKETS:
             return History((value,), index)
-        if index == self.last:
-            return History((*self.peaks[:-1], max(self.peaks[-1], value)), index)
+        if index <= self.last:
+            return History((*self.peaks[:-1], max(self.peaks[-1], value)), self.last)
         gap = (_MISSING,) * (index - self.last - 1)
         return History((*self.peaks, *gap, value)[-KEPT_BUCKETS:], index)
 
