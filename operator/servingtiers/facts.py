@@ -9,7 +9,8 @@ from typing import Any
 
 from servingtiers.api.spec import ServingTier
 from servingtiers.api.status import PoolMemory
-from servingtiers.core.decisions import PoolFacts
+from servingtiers.core.decisions import PoolFacts, Targets
+from servingtiers.core.diff import content_hash
 from servingtiers.core.effective import PoolAsked, PoolSettings, pools_asked
 from servingtiers.core.sharing import SharedEngine
 from servingtiers.core.signals import Signal, Unknown, Value, Zero
@@ -21,6 +22,7 @@ from servingtiers.render import engine, names, router
 __all__ = [
     "PoolView",
     "bound_for",
+    "engines_hash",
     "holder",
     "moved_at",
     "pool_facts",
@@ -219,6 +221,27 @@ def pool_facts(
         lent=lent,
         borrowed=len(guests),
         borrowed_share=borrowed_share,
+    )
+
+
+def engines_hash(model: str, settings: PoolSettings, targets: Targets) -> str:
+    """Return what a pool's engines are and what is asked of them, as a short hash.
+
+    Only what changes what an engine carries is in it: a new image or another drain time teaches nothing anew.
+    """
+    return content_hash(
+        [
+            model,
+            settings.accelerator,
+            settings.tensor_parallel,
+            settings.weights,
+            settings.kv_cache_dtype,
+            settings.max_num_seqs,
+            settings.max_num_batched_tokens,
+            settings.gpu_memory_utilization,
+            settings.speculative,
+            sorted(f"{metric}.{name}={seconds:g}" for (metric, name), seconds in targets.seconds.items()),
+        ]
     )
 
 

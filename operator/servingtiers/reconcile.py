@@ -47,6 +47,7 @@ from servingtiers.core.state import Event, JsonObject, Member, Observed, Plan, R
 from servingtiers.core.times import to_time
 from servingtiers.facts import (
     PoolView,
+    engines_hash,
     pool_facts,
     serves,
     shared_engines,
@@ -505,7 +506,14 @@ def _accept(
             key=f"{tier.metadata.namespace}/{tier.metadata.name}",
             spec=tier.spec,
             targets=targets,
-            pools=tuple(replace(pool.facts, curve=judged.curves.get(pool.asked.name)) for pool in pools),
+            pools=tuple(
+                replace(
+                    pool.facts,
+                    curve=judged.curves.get(pool.asked.name),
+                    engines=engines_hash(tier.spec.model.name, pool.settings, targets),
+                )
+                for pool in pools
+            ),
             load=member.load,
             memory=memory,
             watching_since=member.watching_since,

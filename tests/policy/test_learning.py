@@ -9,7 +9,17 @@ import pytest
 from servingtiers.api.status import PoolMemory
 from servingtiers.core.decisions import EngineCurve, PoolRole
 from servingtiers.core.signals import Coverage, Histogram, Load
-from servingtiers.policy.learning import Lesson, Missed, history_of, learn, rps_of, slowness_of
+from servingtiers.core.times import to_time
+from servingtiers.policy.learning import (
+    Lesson,
+    Missed,
+    budget_of,
+    history_of,
+    learn,
+    of_these,
+    rps_of,
+    slowness_of,
+)
 
 NOW = 1_800_000_000.0
 CURVE = EngineCurve(
@@ -132,3 +142,57 @@ def test_what_is_remembered_survives_the_status_as_text():
     memory = taught(lesson(1.2), 8)
     assert PoolMemory.model_validate_json(memory.model_dump_json()) == memory
     assert len(memory.model_dump_json(exclude_none=True, by_alias=True)) < 1000
+
+
+def test_an_idle_pool_is_remembered_once_and_then_written_no_more():
+    memory = taught(lesson(rate=5.0), 8)
+    quiet = lesson(rate=5.0, arrivals=0.0, missed=Missed(0.0, 0.0))
+    quiet = replace(quiet, load=Load(60.0, Coverage(1, 1)))
+    for step in range(1, 4 * 62):
+        memory = learn(memory, quiet, NOW + 200 + 15 * step)
+    assert learn(memory, quiet, NOW + 200 + 15 * 4 * 62) == memory
+    assert memory.load_peaks == []
+
+
+def test_what_nobody_can_see_gives_no_headroom_back_but_may_buy_some():
+    memory = PoolMemory(headroom_permille=1500, learned_at=to_time(NOW - 60))
+    calm = learn(memory, lesson(missed=Missed(300.0, 0.0, complete=False)), NOW)
+    assert budget_of(calm).headroom == 1.5
+    assert budget_of(learn(memory, lesson(missed=Missed(300.0, 0.0)), NOW)).headroom < 1.5
+    assert budget_of(learn(memory, lesson(missed=Missed(300.0, 90.0, complete=False)), NOW)).headroom > 1.5
+
+
+def test_what_was_learned_of_other_engines_is_forgotten_and_their_load_is_told_anew():
+    memory = taught(lesson(1.6, missed=Missed(300.0, 90.0)), 8)
+    memory = of_these(memory, "h100", CURVE, NOW + 200)
+    assert slowness_of(memory) > 1.5, (
+        "an operator that did not know the engines' name believes what was learned"
+    )
+    memory = memory.model_copy(update={"kept": 7, "regrets": 3, "low_since": to_time(NOW)})
+    assert of_these(memory, "h100", CURVE, NOW + 200) == memory
+    assert of_these(memory, "", CURVE, NOW + 200) == memory
+    twice = replace(CURVE, rps=18.0, saturation=20.0)
+    other = of_these(memory, "b200", twice, NOW + 215)
+    assert slowness_of(other) == 1.0
+    assert budget_of(other).headroom == 1.0
+    assert (other.kept, other.regrets, other.low_since, other.asked) == (None, None, None, None)
+    assert [round(peak / 2) for peak in memory.load_peaks] == other.load_peaks
+    assert learn(other, lesson(1.6), NOW + 220) == other, "the engines of this moment are still the old ones"
+    assert of_these(memory, "unknown", None, NOW + 215).load_peaks == []
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"work_micros": 0},
+        {"work_micros": -5},
+        {"slowness_permille": 0},
+        {"slowness_permille": -1, "headroom_permille": 0},
+        {"asked": -7, "missed_milli": -7},
+        {"load_bucket": 60_000_000},
+    ],
+)
+def test_a_status_that_somebody_has_edited_stops_nothing(told):
+    memory = PoolMemory.model_validate(told)
+    assert rps_of(learn(memory, lesson(), NOW), CURVE) > 0
+    assert 0.9 < budget_of(learn(memory, lesson(), NOW)).headroom < 2.6

@@ -15,6 +15,7 @@ from servingtiers.catalog.models import model as catalog_model
 from servingtiers.catalog.models import models
 from servingtiers.core.config import AcceleratorBinding, OperatorConfig
 from servingtiers.core.signals import Coverage, Histogram, Load, TierLoad
+from servingtiers.facts import engines_hash
 from servingtiers.performance.planner import Constraints, plan
 from servingtiers.policy import sizing
 from servingtiers.policy.capacity import judge
@@ -432,3 +433,20 @@ def test_both_phases_have_a_capacity_of_their_own():
     assert found.plan.binding.split(":")[0] == min(
         found.requests_per_second, key=found.requests_per_second.get
     )
+
+
+def test_engines_are_known_by_what_makes_them_carry_more_or_less():
+    def known(made: ServingTier) -> str:
+        (pool,) = choose(made, THREE).pools
+        return engines_hash(made.spec.model.name, pool, targets(made.spec))
+
+    base = known(tier(pool=only("h100-sxm-80gb"), slo=GOALS))
+    assert known(tier(pool=only("h100-sxm-80gb"), slo=GOALS, drainTimeout="20m")) == base
+    others = [
+        tier(pool=only("a100-sxm-80gb"), slo=GOALS),
+        tier(pool=only("h100-sxm-80gb", 2), slo=GOALS),
+        tier(pool=only("h100-sxm-80gb", maxNumSeqs=17), slo=GOALS),
+        tier(pool=only("h100-sxm-80gb"), slo={"ttft": {"p99": "900ms"}}),
+        tier(pool=only("h100-sxm-80gb"), slo=GOALS, model="meta-llama/Llama-3.2-3B-Instruct"),
+    ]
+    assert len({base, *map(known, others)}) == 6

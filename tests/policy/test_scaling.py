@@ -988,3 +988,171 @@ def test_a_steady_load_is_answered_once(replicas, running, rps, tier):
         observe(reached, load(first.desired, running=running), arrivals=arrivals, tier=tier), NOW + 60
     )
     assert again.desired == first.desired
+
+
+# --- where the model knows the pool -------------------------------------------------------------------------------
+
+
+E2E = latencies((1.0, 5.0, math.inf), 4.0, each=300)
+QUEUE = latencies((0.05, 0.1, math.inf), 0.05, each=300)
+PACE = latencies(TPOT, 0.02, each=9000)
+
+
+def busy(ready: int = 2, **more: object) -> Load:
+    """Engines at half of what they can, which tell their pace."""
+    told: dict[str, object] = {"running": 8, "rate": 5.0, "e2e": E2E, "queue_time": QUEUE, "itl": PACE}
+    return load(ready, **(told | more))
+
+
+def test_arrivals_at_some_routers_are_no_history_of_the_load():
+    facts = pool(2, curve=carries(5.0))
+    for arrivals, peaks in ((Value(5.0), 1), (Value(5.0, partial=True), 0), (GONE, 0)):
+        memory = tier_decision(observe(facts, busy(), arrivals=arrivals)).memory["pool"]
+        assert len(memory.load_peaks) == peaks
+
+
+def test_engines_of_a_rollout_teach_no_pace():
+    facts = pool(2, curve=carries(5.0))
+    assert tier_decision(observe(facts, busy(), arrivals=5.0)).memory["pool"].slowness_permille
+    rolling = replace(facts, rolling=True)
+    assert tier_decision(observe(rolling, busy(), arrivals=5.0)).memory["pool"].slowness_permille is None
+
+
+def test_other_engines_are_not_believed_to_be_like_the_old():
+    """A tier that gets another accelerator, or another objective."""
+    learned = PoolMemory(
+        learned_of="a",
+        learned_at=to_time(NOW - 15),
+        work_micros=200_000,
+        slowness_permille=2000,
+        headroom_permille=2500,
+    )
+    facts = pool(2, curve=carries(5.0), engines="a")
+    assert one(observe(facts, busy(), arrivals=5.0, memory=learned)).desired > 4
+    changed = tier_decision(observe(replace(facts, engines="b"), busy(), arrivals=5.0, memory=learned))
+    assert changed.decisions[0].desired == 2
+    assert changed.memory["pool"].learned_of == "b"
+    assert changed.memory["pool"].slowness_permille is None
+
+
+def test_a_histogram_with_gaps_shrinks_nothing():
+    facts, memory = pool(4, curve=carries(5.0)), low_for(LONG)
+    assert one(observe(facts, busy(4), arrivals=1.0, memory=memory)).desired < 4
+    gaps = one(observe(facts, busy(4, ttft=replace(FAST_TTFT, partial=True)), arrivals=1.0, memory=memory))
+    assert (gaps.desired, gaps.binding) == (4, Binding.HOLD_UNKNOWN)
+
+
+def test_a_queue_before_a_cache_that_nobody_can_see_shrinks_nothing():
+    facts, memory = pool(4, curve=carries(5.0)), low_for(LONG)
+    waits = busy(4, waiting=4)
+    assert one(observe(facts, replace(waits, kv_usage=Value(0.3)), arrivals=1.0, memory=memory)).desired < 4
+    unseen = one(observe(facts, waits, arrivals=1.0, memory=memory))
+    assert (unseen.desired, unseen.binding) == (4, Binding.HOLD_UNKNOWN)
+
+
+def test_words_for_a_modelled_pool_say_what_would_change_it():
+    alone = one(
+        observe(pool(1, scaling=PoolScaling(min_replicas=0), curve=carries(5.0)), busy(1), arrivals=0.5)
+    )
+    assert "Fewer than 0 " not in alone.would_change
+    assert "requests/s" in alone.would_change
+    full = one(observe(pool(2, curve=carries(5.0)), busy(running=20, waiting=9), arrivals=1.0))
+    assert full.desired == 3
+    assert "unknown" not in full.reason
+    assert "100% of the slots are taken" in full.reason
+
+
+@st.composite
+def taught(draw):
+    """What an hour of traffic may have left."""
+    hour = draw(st.lists(st.integers(-1, 900), max_size=120))
+    newest = math.floor(NOW / 30.0) - draw(st.integers(0, 3))
+    return PoolMemory(
+        low_since=draw(st.sampled_from([None, to_time(NOW - 5000), to_time(NOW - 20)])),
+        low_peak=draw(st.one_of(st.none(), st.integers(0, 20))),
+        learned_at=draw(st.sampled_from([None, to_time(NOW - 15), to_time(NOW - 5000), to_time(NOW + 900)])),
+        work_micros=draw(st.one_of(st.none(), st.integers(20_000, 2_000_000))),
+        slowness_permille=draw(st.one_of(st.none(), st.integers(500, 2000))),
+        headroom_permille=draw(st.one_of(st.none(), st.integers(920, 2500))),
+        asked=draw(st.one_of(st.none(), st.integers(0, 100_000))),
+        missed_milli=draw(st.one_of(st.none(), st.integers(0, 5_000_000))),
+        load_peaks=hour,
+        load_bucket=newest if hour else None,
+    )
+
+
+@st.composite
+def modelled(draw):
+    """One pool that the model knows, with a past, whatever its signals say."""
+    observation = draw(observations(disaggregated=False))
+    (facts,) = observation.pools
+    curve = carries(draw(st.sampled_from([0.5, 5.0])))
+    memory = draw(taught())
+    recent = draw(signals)
+    router = replace(observation.load.router, recent_rate=recent)
+    (name, seen), *_ = observation.load.pools.items()
+    seen = replace(seen, kv_usage=draw(st.sampled_from([GONE, Zero(), Value(0.5), Value(0.97)])))
+    return replace(
+        observation,
+        pools=(replace(facts, curve=curve),),
+        memory={facts.name: memory},
+        load=TierLoad({name: seen}, router),
+        feasible=draw(st.sampled_from([None, True, False])),
+    )
+
+
+@many
+@given(modelled(), st.floats(1.0, 8.0))
+def test_more_arrivals_never_mean_fewer_replicas_whatever_was_learned(observation, factor):
+    def more(each: Signal) -> Signal:
+        return Value(each.value * factor, each.age, each.partial) if isinstance(each, Value) else each
+
+    router = observation.load.router
+    heavier_router = replace(
+        router, arrival_rate=more(router.arrival_rate), recent_rate=more(router.recent_rate)
+    )
+    loaded = replace(observation, load=replace(observation.load, router=heavier_router))
+    assert one(loaded).desired >= one(observation).desired
+
+
+@many
+@given(modelled(), st.floats(1.0, 8.0))
+def test_more_in_flight_never_means_fewer_replicas_whatever_was_learned(observation, factor):
+    def more(each: Signal) -> Signal:
+        return Value(each.value * factor, each.age, each.partial) if isinstance(each, Value) else each
+
+    loads = {
+        name: replace(seen, running=more(seen.running), waiting=more(seen.waiting))
+        for name, seen in observation.load.pools.items()
+    }
+    loaded = replace(observation, load=replace(observation.load, pools=loads))
+    assert one(loaded).desired >= one(observation).desired
+
+
+@many
+@given(modelled())
+def test_nothing_unknown_ever_shrinks_a_modelled_pool(observation):
+    (facts,) = observation.pools
+    decision = one(observation)
+    if decision.desired >= decision.current or decision.current > facts.scaling.max_replicas:
+        return
+    seen, router = observation.load.pools[facts.name], observation.load.router
+    assert seen.coverage.complete
+    for each in (seen.running, seen.waiting, router.arrival_rate):
+        assert not isinstance(each, Unknown)
+        assert not (isinstance(each, Value) and each.partial)
+
+
+@many
+@given(modelled())
+def test_deciding_again_at_once_decides_the_same(observation):
+    first = tier_decision(observation)
+    again = tier_decision(replace(observation, memory=first.memory))
+    (before,), (after,) = first.decisions, again.decisions
+    # What leaves leaves at its pace: the next step down is not now.
+    assert after.desired in (
+        {before.desired} if before.desired >= before.current else {before.desired, before.current}
+    )
+    learned = "work_micros", "slowness_permille", "headroom_permille", "asked", "missed_milli", "load_peaks"
+    for name in learned:
+        assert getattr(again.memory[after.pool], name) == getattr(first.memory[after.pool], name)

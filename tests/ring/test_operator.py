@@ -242,6 +242,22 @@ async def test_scaling_bounds_change_without_touching_the_pods(control_plane, sp
     assert deployment["spec"]["replicas"] == 2  # minReplicas holds at once, also without telemetry
 
 
+async def test_another_objective_begins_to_learn_anew_and_other_bounds_do_not(control_plane, space):
+    def learned_of():
+        return space.get()["status"]["pools"][0]["memory"]["learnedOf"]
+
+    space.create(tier(slo={"ttft": {"p99": "500ms"}}))
+    async with controller(control_plane, space.name) as made:
+        await settle(made, space.name, "chat")
+        first = learned_of()
+        space.patch({"spec": {"pool": {"scaling": {"maxReplicas": 9}}, "drainTimeout": "20m"}})
+        await settle(made, space.name, "chat")
+        assert learned_of() == first
+        space.patch({"spec": {"slo": {"ttft": {"p99": "900ms"}}}})
+        await settle(made, space.name, "chat")
+        assert learned_of() != first
+
+
 async def test_suspend_changes_nothing_and_still_reports(control_plane, space):
     """Observe and report."""
     space.create(tier())

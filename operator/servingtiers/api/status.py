@@ -178,6 +178,8 @@ class PoolMemory(StatusPart):
         list[int], Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "atomic"})
     ] = []
     """Latest start-up times of engines, newest last."""
+    learned_of: ShortText | None = None
+    """Of which engines and objectives, as a hash; what was learned of others is forgotten."""
     learned_at: Time | None = None
     """When traffic last taught something of what follows."""
     work_micros: int | None = None

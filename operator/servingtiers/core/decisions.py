@@ -126,6 +126,8 @@ class PoolFacts:
     borrowed: int = 0
     """Ready engines of other tiers that this pool's routers select. Telemetry tells of the engines a pool holds:
     ``ready - lent + borrowed``."""
+    engines: str = ""
+    """What its engines are and what is asked of them, as a hash: what was learned of others is not believed."""
     borrowed_share: float = 1.0
     """What a borrowed engine carries of what one of its own does: its batch and step budget are its home's."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["FIRST", "MOST", "Budget", "spend"]
+__all__ = ["FIRST", "LEAST", "MOST", "Budget", "spend"]
 
 FIRST = 1.0
 """Headroom until something was seen."""

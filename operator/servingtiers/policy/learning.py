@@ -13,10 +13,10 @@ from servingtiers.api.status import PoolMemory
 from servingtiers.core.decisions import EngineCurve, PoolRole
 from servingtiers.core.signals import Histogram, Load
 from servingtiers.core.times import from_time, to_time
-from servingtiers.policy.budget import FIRST, Budget, spend
+from servingtiers.policy.budget import FIRST, LEAST, MOST, Budget, spend
 from servingtiers.policy.forecast import History
 
-__all__ = ["Lesson", "Missed", "budget_of", "history_of", "learn", "rps_of", "slowness_of"]
+__all__ = ["Lesson", "Missed", "budget_of", "history_of", "learn", "of_these", "rps_of", "slowness_of"]
 
 _LEAST_SECONDS = 10.0
 """Readings nearer together than this are the same reading."""
@@ -29,6 +29,19 @@ _OTHER, _OTHER_REQUESTS = 1.6, 200.0
 """Requests that cost so many times more or less than those before are other traffic, where a window has so many."""
 _SPEED_SHARE = 0.12
 """Weight of one reading of the engines' speed."""
+_LEARNED_OF_THEM = (
+    "work_micros",
+    "slowness_permille",
+    "headroom_permille",
+    "asked",
+    "missed_milli",
+    "low_since",
+    "low_peak",
+    "kept",
+    "regrets",
+    "regretted_at",
+)
+"""What is true of some engines and objectives only."""
 _SLOWEST, _FASTEST = 2.0, 0.5
 _LEAST_BUSY = 0.15
 """At a smaller share of what an engine can do its pace says nothing about its capacity."""
@@ -40,6 +53,9 @@ class Missed:
 
     asked: float
     missed: float
+    complete: bool = True
+    """False: some engines did not answer, or an objective is unknown. What was seen to miss may buy headroom; what was
+    not seen gives none back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +66,7 @@ class Lesson:
     load: Load
     curve: EngineCurve
     arrivals: float | None
-    """Requests per second right now; None: unknown."""
+    """Requests per second right now; None: unknown, or known of some routers only."""
     serving: int
     """Engines that the pool holds."""
     excused: bool
@@ -65,8 +81,12 @@ class Lesson:
 
 def rps_of(memory: PoolMemory, curve: EngineCurve) -> float:
     """Return what one replica carries within the objectives, requests per second, as far as is known."""
-    work = memory.work_micros if memory.work_micros is not None else _told(curve)
-    return 1e6 / (work * slowness_of(memory))
+    return 1e6 / ((_work_of(memory) or _told(curve)) * slowness_of(memory))
+
+
+def _work_of(memory: PoolMemory) -> int | None:
+    # A status is a text that anybody with the right may edit: what cannot be is not known.
+    return memory.work_micros if memory.work_micros is not None and memory.work_micros > 0 else None
 
 
 def _told(curve: EngineCurve) -> float:
@@ -76,7 +96,9 @@ def _told(curve: EngineCurve) -> float:
 
 def slowness_of(memory: PoolMemory) -> float:
     """Return how much longer engines take than the model says; 1 until that is known."""
-    return 1.0 if memory.slowness_permille is None else memory.slowness_permille / 1e3
+    if memory.slowness_permille is None:
+        return 1.0
+    return min(max(memory.slowness_permille / 1e3, _FASTEST), _SLOWEST)
 
 
 def history_of(memory: PoolMemory) -> History:
@@ -87,7 +109,35 @@ def history_of(memory: PoolMemory) -> History:
 def budget_of(memory: PoolMemory) -> Budget:
     """Return what was missed lately."""
     headroom = FIRST if memory.headroom_permille is None else memory.headroom_permille / 1e3
-    return Budget(headroom, float(memory.asked or 0), (memory.missed_milli or 0) / 1e3)
+    asked, missed = max(memory.asked or 0, 0), max(memory.missed_milli or 0, 0)
+    return Budget(min(max(headroom, LEAST), MOST), float(asked), missed / 1e3)
+
+
+def of_these(memory: PoolMemory, engines: str, curve: EngineCurve | None, now: float) -> PoolMemory:
+    """Return the memory without what was learned of other engines or under other objectives.
+
+    The load of the last hour is the clients', and stays: it is only told in other replicas.
+
+    Args:
+        memory: Before.
+        engines: What the engines are and what is asked of them, as a short text; empty: not told.
+        curve: What the performance model says of one of them; None: nothing.
+        now: Unix time, seconds.
+    """
+    if not engines or memory.learned_of == engines:
+        return memory
+    update: dict[str, object] = {"learned_of": engines}
+    if memory.learned_of is not None:
+        work = _work_of(memory)
+        peaks: list[int] = []
+        if curve is not None and work is not None:
+            ratio = _told(curve) / work
+            peaks = [round(peak * ratio) if peak > 0 else peak for peak in memory.load_peaks]
+        # The engines of this moment are still those of before, so nothing is learned from them now.
+        update |= {"learned_at": to_time(now), "load_peaks": peaks}
+        update |= dict.fromkeys(_LEARNED_OF_THEM)
+        update["load_bucket"] = memory.load_bucket if peaks else None
+    return memory.model_copy(update=update)
 
 
 def learn(memory: PoolMemory, lesson: Lesson, now: float) -> PoolMemory:
@@ -102,7 +152,8 @@ def learn(memory: PoolMemory, lesson: Lesson, now: float) -> PoolMemory:
     if 0 <= since < _LEAST_SECONDS:
         return memory
     seconds = min(since, _MOST_SECONDS) if since >= 0 else _LEAST_SECONDS
-    update: dict[str, object] = {"learned_at": to_time(now)}
+    update: dict[str, object] = {}
+    before = memory
     finished = lesson.load.e2e.total if isinstance(lesson.load.e2e, Histogram) else 0.0
     if finished >= _OTHER_REQUESTS and _other_traffic(memory, lesson.curve):
         # What was missed, and how much room that took, is the other traffic's.
@@ -112,9 +163,8 @@ def learn(memory: PoolMemory, lesson: Lesson, now: float) -> PoolMemory:
     update["work_micros"] = _work(memory, lesson.curve, finished * min(seconds / lesson.load.window, 1.0))
     slowness = _slowness(lesson, finished)
     if slowness is not None:
-        before = memory.slowness_permille
-        share = 1.0 if before is None else _SPEED_SHARE
-        mixed = share * slowness + (1.0 - share) * (before or 0) / 1e3
+        share = 1.0 if memory.slowness_permille is None else _SPEED_SHARE
+        mixed = share * slowness + (1.0 - share) * slowness_of(memory)
         update["slowness_permille"] = round(1e3 * mixed)
     if lesson.arrivals is not None:
         at = memory.model_copy(update=update)
@@ -134,26 +184,32 @@ def learn(memory: PoolMemory, lesson: Lesson, now: float) -> PoolMemory:
                 excused=lesson.excused,
                 busy=load > 0.25 * lesson.serving,
             )
-            update["headroom_permille"] = round(1e3 * after.headroom)
+            headroom = after.headroom
+            if not lesson.missed.complete:
+                headroom = max(headroom, budget_of(memory).headroom)
+            update["headroom_permille"] = round(1e3 * headroom)
             update["asked"] = round(after.asked)
             update["missed_milli"] = round(1e3 * after.missed)
-    return memory.model_copy(update=update)
+    memory = memory.model_copy(update=update)
+    # An idle pool learns nothing, and so its status is written no more: the time of a lesson is no lesson.
+    return memory if memory == before else memory.model_copy(update={"learned_at": to_time(now)})
 
 
 def _other_traffic(memory: PoolMemory, curve: EngineCurve) -> bool:
     """Return whether requests cost so much more or less than of late that they are not the same traffic."""
-    if memory.work_micros is None:
+    work = _work_of(memory)
+    if work is None:
         return False
-    ratio = _told(curve) / memory.work_micros
+    ratio = _told(curve) / work
     return max(ratio, 1.0 / ratio) > _OTHER
 
 
 def _work(memory: PoolMemory, curve: EngineCurve, finished: float) -> int:
-    told = _told(curve)
-    if memory.work_micros is None:
-        return round(told)
+    told, work = _told(curve), _work_of(memory)
+    if work is None:
+        return max(round(told), 1)
     share = finished / (finished + _WORK_REQUESTS)
-    return round(math.exp(share * math.log(told) + (1.0 - share) * math.log(memory.work_micros)))
+    return max(round(math.exp(share * math.log(told) + (1.0 - share) * math.log(work))), 1)
 
 
 def _slowness(lesson: Lesson, finished: float) -> float | None:

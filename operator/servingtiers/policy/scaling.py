@@ -57,6 +57,7 @@ from servingtiers.policy.learning import (
     budget_of,
     history_of,
     learn,
+    of_these,
     rps_of,
     slowness_of,
 )
@@ -432,7 +433,7 @@ class _View:
 def _decide_tier(obs: TierObservation, now: float) -> TierDecision:
     owned = {pool.name: pool for pool in obs.pools}
     obs = replace(obs, pools=tuple(_as_served(pool) for pool in obs.pools))
-    views = tuple(_learned(_view(obs, pool), now) for pool in obs.pools)
+    views = tuple(_learned(_view(obs, pool, now), now) for pool in obs.pools)
     acting = acts(obs.spec.scaling.mode, suspended=obs.spec.suspend)
     may_sleep = all(view.pool.scaling.min_replicas == 0 for view in views)
     if may_sleep and all(view.pool.replicas == 0 for view in views):
@@ -486,16 +487,21 @@ def _learned(view: _View, now: float) -> _View:
         missed = Missed(
             max(each.total for each in view.latencies),
             sum(0.01 * each.likely / (1.0 - QUANTILES[each.percentile]) for each in view.latencies),
+            complete=view.load.coverage.complete and all(each.unknown is None for each in view.latencies),
         )
+    # Engines of a rollout are not all those that the model speaks of.
+    settled = not view.pool.rolling
     lesson = Lesson(
         role=view.pool.role,
         load=view.load,
         curve=curve,
-        arrivals=number(view.arriving),
+        arrivals=None
+        if isinstance(view.arriving, Value) and view.arriving.partial
+        else number(view.arriving),
         serving=view.serving,
         excused=not view.settled(view.load.window + _ECHO_SECONDS) or view.had_backlog,
-        steady=view.fresh_for(_FRESH_SECONDS) and not view.crowded,
-        standing=view.queue_stands and view.settled(view.load.window),
+        steady=settled and view.fresh_for(_FRESH_SECONDS) and not view.crowded,
+        standing=settled and view.queue_stands and view.settled(view.load.window),
         missed=missed,
     )
     return replace(view, memory=learn(view.memory, lesson, now))
@@ -858,7 +864,9 @@ def _needs_by_model(view: _View, factor: float, *, foresee: bool) -> Iterator[_N
         f"{seen}, {carries}: {load:.1f} replicas of work; within {in_words(horizon)} {forecast.level:.1f} and up to"
         f" {forecast.margin:.1f} more are expected ({_learned_from(forecast)}), × {budget.headroom:.2f} for"
         f" {budget.share(0.01):.0%} of the hour's error budget used.",
-        f"Fewer than {_figure(rate * max(_ceil(peak) - 1, 0) / max(peak, 1e-9))} requests/s, or shorter ones.",
+        f"Fewer than {_figure(rate * (_ceil(peak) - 1) / peak)} requests/s, or shorter ones."
+        if _ceil(peak) > 1
+        else _growth(view),
     )
     waiting = view.load.waiting
     if not isinstance(waiting, Value) or view.awaits_transfer:
@@ -900,8 +908,9 @@ def _need_by_filling(view: _View) -> _Need | None:
     return _Need(
         max(view.serving + 1, _ceil(view.serving * used / _FILLED)),
         Binding.QUEUE if slots >= used else Binding.KV_CACHE,
-        f"{_figure(running)} sequences run, {slots:.0%} of the slots and {_percent(view.load.kv_usage)} of the KV cache"
-        f" are taken; from {_FILLED:.0%} on engines are as good as full.",
+        f"{_figure(running)} sequences run, {slots:.0%} of the slots"
+        + ("" if cache is None else f" and {cache:.0%} of the KV cache")
+        + f" are taken; from {_FILLED:.0%} on engines are as good as full.",
         "Fewer sequences in flight, or a larger maxNumSeqs where the KV cache has room.",
     )
 
@@ -1117,6 +1126,9 @@ def _missing(view: _View) -> str | None:
             return f"{label} is unknown ({signal.reason})"
         if isinstance(signal, Value) and signal.partial:
             return f"{label} is known of some replicas only"
+    queued = (number(load.waiting) or 0.0) >= max(view.serving, 1)
+    if isinstance(load.kv_usage, Unknown) and queued and view.pool.curve is not None:
+        return f"requests wait, and whether for KV cache is unknown ({load.kv_usage.reason})"
     if isinstance(view.arrivals, Unknown) and view.pool.curve is not None:
         return f"arrivals are unknown ({view.arrivals.reason})"
     if isinstance(view.arrivals, Value) and view.arrivals.partial:
@@ -1136,7 +1148,7 @@ _PHASE = {
 }
 
 
-def _view(obs: TierObservation, pool: PoolFacts) -> _View:
+def _view(obs: TierObservation, pool: PoolFacts, now: float) -> _View:
     load = obs.load.pools.get(pool.name) or Load(60.0, Coverage(0, max(pool.ready, 1)))
     others = [other for other in obs.pools if other.name != pool.name]
     rest = obs.load.pools.get(others[0].name) if others else None
@@ -1148,7 +1160,7 @@ def _view(obs: TierObservation, pool: PoolFacts) -> _View:
         latencies.append(_latency(metric, percentile, target, pool.role, load, rest, shared=shared))
     return _View(
         pool=pool,
-        memory=obs.memory.get(pool.name, PoolMemory()),
+        memory=of_these(obs.memory.get(pool.name, PoolMemory()), pool.engines, pool.curve, now),
         load=load,
         manners=_MANNERS[obs.spec.tier],
         arrivals=obs.load.router.arrival_rate,
@@ -1186,6 +1198,8 @@ def _latency(
     observed, unknown = _quantile(own, percentile)
     if unknown is None and not load.coverage.complete:
         unknown = f"{load.coverage.answered} of {load.coverage.expected} replicas answered"
+    if unknown is None and isinstance(own, Histogram) and own.partial:
+        unknown = "some replicas did not answer for the whole window"
     if shared:
         other_role = PoolRole.DECODE if role is PoolRole.PREFILL else PoolRole.PREFILL
         part, lacking = (
@@ -1311,6 +1325,14 @@ def _describe(view: _View) -> str:
 
 def _growth(view: _View) -> str:
     """Return what would call for another replica."""
+    capacity = view.capacity()
+    if view.pool.curve is not None and capacity is not None:
+        ready = max(view.serving, 1)
+        carried = ready * (1.0 - _ALONE / ready) * capacity.rps / budget_of(view.memory).headroom
+        return (
+            f"Another replica for more than about {_figure(carried)} requests/s now or soon, more than"
+            f" {view.waiting_limit * ready} waiting, or batches or KV caches that are {_FILLED:.0%} full with a queue."
+        )
     batch = view.pool.max_num_seqs
     room = _figure(view.manners.utilization * batch * max(view.pool.ready, 1))
     more = [f"more than {room} running"] if batch else []
