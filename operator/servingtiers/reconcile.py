@@ -518,6 +518,10 @@ def _accept(
             memory=memory,
             watching_since=member.watching_since,
             feasible=judged.feasibility.feasible,
+            rivalled=any(
+                view.deployment is not None and _autoscaler_of(view.deployment, member) is not None
+                for view in views.values()
+            ),
         ),
         guests=guests,
     )

@@ -575,6 +575,17 @@ SLEEPY = PoolScaling(min_replicas=0, max_replicas=5, idle_after="10m")
 SILENT = load(1, running=0, waiting=0, rate=0, ttft=Zero(), tpot=Zero())
 
 
+def test_what_a_rival_autoscaler_keeps_from_being_done_is_not_remembered_as_done():
+    """Else the status told of a scale-up, or of a scale-down, at every tick."""
+    for seen, memory in ((load(2, running=20, waiting=60), PoolMemory()), (load(2), low_for(LONG))):
+        observation = observe(pool(2), seen, arrivals=1.0, memory=memory)
+        for rivalled in (False, True):
+            decided = tier_decision(replace(observation, rivalled=rivalled))
+            assert decided.decisions[0].desired != 2
+            remembered = decided.memory["pool"]
+            assert ((remembered.last_scale_up or remembered.last_scale_down) is None) == rivalled
+
+
 def test_a_proved_idle_tier_goes_to_zero_after_its_time():
     observation = observe(pool(1, scaling=SLEEPY), SILENT, arrivals=0)
     first = tier_decision(observation)

@@ -157,6 +157,8 @@ class TierObservation:
     leader). Holds never reach back before it: what was not watched was not low. None: the memory is trusted."""
     feasible: bool | None = None
     """Whether one request alone keeps the objectives, by the performance model; None: it cannot tell."""
+    rivalled: bool = False
+    """An autoscaler of somebody else's sets the replicas: what is decided is not carried out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -434,7 +434,7 @@ def _decide_tier(obs: TierObservation, now: float) -> TierDecision:
     owned = {pool.name: pool for pool in obs.pools}
     obs = replace(obs, pools=tuple(_as_served(pool) for pool in obs.pools))
     views = tuple(_learned(_view(obs, pool, now), now) for pool in obs.pools)
-    acting = acts(obs.spec.scaling.mode, suspended=obs.spec.suspend)
+    acting = acts(obs.spec.scaling.mode, suspended=obs.spec.suspend) and not obs.rivalled
     may_sleep = all(view.pool.scaling.min_replicas == 0 for view in views)
     if may_sleep and all(view.pool.replicas == 0 for view in views):
         outcomes = [_asleep(view, obs) for view in views]
