@@ -633,6 +633,16 @@ def test_a_request_without_an_engine_wakes_the_tier():
     assert (decision.desired, decision.binding) == (1, Binding.WAKE)
 
 
+def test_a_tier_whose_only_engine_is_lent_by_hand_does_not_exceed_its_bounds():
+    """Nothing serves it, as if it slept; but its own replica is there, and maxReplicas allows no other."""
+    lent = pool(1, lent=1, scaling=PoolScaling(min_replicas=1, max_replicas=1))
+    decision = one(observe(lent, None, arrivals=0.1, unserved=5))
+    assert (decision.current, decision.desired, decision.binding) == (1, 1, Binding.LENT)
+    room = replace(lent, scaling=PoolScaling(min_replicas=1, max_replicas=2))
+    woken = one(observe(room, None, arrivals=0.1, unserved=5))
+    assert (woken.desired, woken.binding) == (2, Binding.WAKE)
+
+
 def test_silence_at_zero_keeps_it_at_zero_and_says_what_is_missing():
     asleep = one(observe(pool(0, scaling=SLEEPY), None, arrivals=0, unserved=0))
     assert (asleep.desired, asleep.binding) == (0, Binding.IDLE)

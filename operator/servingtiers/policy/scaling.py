@@ -563,6 +563,16 @@ def _asleep(view: _View, obs: TierObservation) -> tuple[Decision, PoolMemory]:
             if isinstance(unserved, Value) and called
             else f"{_show(router.arrival_rate, '/s')} arrive at the routers"
         )
+        if view.pool.scaling.max_replicas == 0 and obs.spec.shared_pool is None:
+            # It does not sleep: all that it may have is lent by hand, so one more would exceed maxReplicas.
+            return _decision(
+                view,
+                0,
+                Binding.LENT,
+                f"Every engine that maxReplicas allows is lent, although {seen}.",
+                "An engine that comes home, or a higher maxReplicas.",
+                needed=1,
+            ), remembered
         return _decision(
             view,
             1,
