@@ -101,7 +101,7 @@ def test_the_table_has_a_row_per_policy(tier):
 
 def test_the_page_is_self_contained_and_tells_every_move(tier):
     result = call(
-        *("--trace", "step:2:14:300:60", "--tier", tier, "--policy", "servingtiers", "-o", "html"),
+        *("--trace", "step:2:20:900:700", "--tier", tier, "--policy", "servingtiers", "-o", "html"),
         *("--start-up-seconds", "20", "--clairvoyant"),
     )
     assert result.exit_code == 0, result.output
