@@ -368,11 +368,13 @@ def _throughput(seen: TierReport) -> ThroughputStatus | None:
     reading = _load(seen, PoolRole.AGGREGATED) or _load(seen, PoolRole.PREFILL)
     if answering is None or reading is None:
         return None
-    return ThroughputStatus(
+    status = ThroughputStatus(
         requests_per_second=_rounded(answering.request_rate),
         prompt_tokens_per_second=_rounded(reading.prompt_token_rate),
         output_tokens_per_second=_rounded(answering.output_token_rate),
     )
+    # Not an empty object: where server-side apply takes its last fields from it, it leaves null, and that is refused.
+    return status if status.model_dump(exclude_none=True) else None
 
 
 def _cost(seen: TierReport, config: OperatorConfig) -> CostStatus:
