@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from servingtiers.api.spec import PoolScaling
+from servingtiers.api.spec import PoolScaling, SharedPoolRef
 from servingtiers.catalog.engine_flags import router_flag_names
 from servingtiers.core.config import OperatorConfig
 from servingtiers.core.effective import pools_asked
@@ -90,6 +90,14 @@ def test_a_tier_that_may_rest_at_zero_takes_the_request_that_wakes_it(folder, pa
     container = _container(load(folder))
     assert container["readinessProbe"]["httpGet"]["path"] == path
     assert container["livenessProbe"]["httpGet"]["path"] == "/liveness"
+
+
+@pytest.mark.parametrize(("keep", "rests"), [(0, True), (1, False)])
+def test_a_tier_that_may_lend_all_its_engines_may_rest_at_zero(keep, rests, load):
+    tier = load("balanced-pvc").tier
+    shared = SharedPoolRef(name="llama", min_keep=keep)
+    member = tier.model_copy(update={"spec": tier.spec.model_copy(update={"shared_pool": shared})})
+    assert router.may_rest_at_zero(member) is rests
 
 
 @pytest.mark.parametrize(("batch", "threshold"), [(1, 1), (4, 2), (8, 4), (128, 64), (1024, 64)])

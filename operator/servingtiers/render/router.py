@@ -84,13 +84,16 @@ def router_args(tier: ServingTier, settings: TierSettings) -> tuple[str, ...]:
 
 
 def may_rest_at_zero(tier: ServingTier) -> bool:
-    """Return whether the tier may rest at zero engines: by its own scaling or by somebody else's.
+    """Return whether the tier may rest at zero engines: by its own scaling, by somebody else's, or by lending them all.
 
     The one thing of a tier's scaling that the routers' pod template depends on: a pin of it must not outlive a
     change of this.
     """
-    return tier.spec.scaling.mode is ScalingMode.EXTERNAL or any(
-        pool.spec.scaling.min_replicas == 0 for pool in pools_asked(tier.spec)
+    shared = tier.spec.shared_pool
+    return (
+        tier.spec.scaling.mode is ScalingMode.EXTERNAL
+        or (shared is not None and shared.min_keep == 0)
+        or any(pool.spec.scaling.min_replicas == 0 for pool in pools_asked(tier.spec))
     )
 
 
