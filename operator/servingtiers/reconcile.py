@@ -247,7 +247,8 @@ def _with_share(look: _Accepted, lenders: Sequence[_Accepted]) -> _Accepted:
         judged = capacity.judge(
             look.tier.spec, replace(look.settings, pools=(theirs,)), look.targets, look.member.load
         )
-        share = min(share, judged.requests_per_second.get(pool.name, 0.0) / own)
+        lent = judged.curves.get(pool.name)
+        share = min(share, lent.rps / own if lent is not None else 0.0)
     observation = replace(look.observation, pools=(replace(pool, borrowed_share=share),))
     return replace(look, observation=observation)
 

@@ -65,11 +65,6 @@ class History:
         """Whether nothing but zeros is known."""
         return not any(peak > 0 for peak in self.peaks)
 
-    def recent(self, buckets: int) -> float | None:
-        """Return the highest peak of the newest half minutes, replicas; None: none is known."""
-        known = [peak for peak in self.peaks[-buckets:] if peak != _MISSING]
-        return max(known) / _SCALE if known else None
-
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
