@@ -1,8 +1,10 @@
 # the names of the tests are the sentences
 """How the error budget becomes headroom."""
 
+import itertools
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +31,31 @@ def test_a_third_of_the_budget_is_there_to_be_used():
 def test_more_misses_than_allowed_buy_headroom_within_minutes():
     assert after(10, 0.02).headroom > 1.3
     assert after(60, 0.1).headroom > MOST - 0.1
+
+
+def test_headroom_follows_small_steps_to_the_end():
+    """What is kept in the status has digits enough for a step of a thousandth of the way."""
+    rounded = Budget()
+    for _ in range(4 * 300):
+        rounded = spend(rounded, asked=150.0, missed=0.0, allowed=0.01, seconds=15.0, excused=False, busy=True)
+        rounded = replace(rounded, headroom=round(1e6 * rounded.headroom) / 1e6)
+    assert rounded.headroom - LEAST < 0.001
+
+
+def test_a_limit_that_is_reached_weighs_more_than_one_that_is_far():
+    """A hundredth of the requests may miss: whoever is there is not to stay there."""
+    used = [after(400, share).headroom for share in (0.005, 0.007, 0.009, 0.011)]
+    steps = [more - less for less, more in itertools.pairwise(used)]
+    assert steps[0] == pytest.approx(steps[1], rel=0.1)
+    assert steps[2] > 1.8 * steps[1]
+
+
+def test_one_minute_in_which_all_miss_is_one_event():
+    """Bursts all the time call for engines that stand by; one bad minute does not."""
+    minute = after(59, 0.0, after(1, 1.0))
+    always = after(60, 1.0 / 60.0)
+    assert minute.headroom < FIRST
+    assert always.headroom > FIRST + 1.0
 
 
 def test_headroom_goes_when_the_hour_has_forgotten():

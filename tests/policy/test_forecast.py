@@ -41,24 +41,24 @@ def test_little_known_means_a_wide_margin_and_says_so():
 def test_a_steady_load_needs_little_beyond_itself():
     forecast = ahead(hour(lambda _: 5.0), 5.0, 180.0)
     assert forecast.level == pytest.approx(5.0)
-    assert forecast.margin == pytest.approx(0.4), "an hour without a rise proves nothing: 8 % stay"
+    assert forecast.margin == pytest.approx(0.6), "an hour without a rise proves nothing: 12 % stay"
 
 
 def test_a_load_that_comes_and_goes_keeps_what_its_rushes_need():
     """Two minutes of 10 in every ten: in a lull of 1 the next rush is nearer than an engine's start."""
     forecast = ahead(hour(lambda second: 10.0 if second % 600 < 120 else 1.0), 1.0, 500.0)
-    assert forecast.peak == pytest.approx(10.0, abs=0.9)
+    assert forecast.peak == pytest.approx(10.0, abs=0.1)
 
 
 def test_a_load_that_climbs_slowly_is_followed_closely():
     """From 2 to 10 in an hour: three minutes bring 0.4."""
     forecast = ahead(hour(lambda second: 2.0 + 8.0 * second / 3600.0), 10.0, 180.0)
-    assert 10.4 < forecast.peak < 11.3
+    assert 10.4 < forecast.peak < 11.7
 
 
 def test_one_rise_is_not_expected_to_come_on_top_of_itself():
     forecast = ahead(hour(lambda second: 2.0 if second < 3000 else 8.0), 8.0, 180.0)
-    assert forecast.peak < 8.7
+    assert forecast.peak < 9.0
 
 
 loads = st.lists(st.floats(0.0, 50.0), min_size=1, max_size=150)

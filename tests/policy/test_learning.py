@@ -130,12 +130,28 @@ def test_the_cost_of_a_request_follows_lengths_with_inertia():
 
 def test_other_traffic_begins_with_a_budget_of_its_own():
     memory = taught(lesson(missed=Missed(300.0, 100.0)), 20)
-    assert memory.headroom_permille is not None
-    assert memory.headroom_permille > 1500
+    assert memory.headroom_micros is not None
+    assert memory.headroom_micros > 1_500_000
     shifted = learn(memory, lesson(curve=replace(CURVE, rps=90.0, saturation=100.0)), NOW + 600)
     assert shifted.work_micros == pytest.approx(1e6 / 90.0, rel=0.01)
-    assert shifted.headroom_permille is not None
-    assert shifted.headroom_permille <= 1000
+    assert shifted.headroom_micros is not None
+    assert shifted.headroom_micros <= 1_000_000
+
+
+def test_a_mix_that_wanders_keeps_what_its_misses_bought():
+    """A few clients, long prompts and short: requests cost twice as much, and the bursts are the same."""
+    memory = taught(lesson(missed=Missed(300.0, 100.0)), 20)
+    longer = learn(memory, lesson(curve=replace(CURVE, rps=4.5, saturation=5.0)), NOW + 600)
+    assert longer.work_micros == pytest.approx(1e6 / 4.5, rel=0.01)
+    assert budget_of(longer).headroom > 1.5
+
+
+def test_engines_that_stand_by_for_bursts_still_learn_from_them():
+    """A quarter of what they could carry, and requests that miss: more of them would have helped."""
+    bursts = lesson(rate=2.0, serving=1, missed=Missed(120.0, 6.0))
+    assert budget_of(taught(bursts, 40)).headroom > 1.5
+    idle = lesson(rate=0.5, serving=1, missed=Missed(30.0, 3.0))
+    assert budget_of(taught(idle, 40)).headroom < 1.0
 
 
 def test_what_is_remembered_survives_the_status_as_text():
@@ -155,11 +171,14 @@ def test_an_idle_pool_is_remembered_once_and_then_written_no_more():
 
 
 def test_what_nobody_can_see_gives_no_headroom_back_but_may_buy_some():
-    memory = PoolMemory(headroom_permille=1500, learned_at=to_time(NOW - 60))
+    memory = PoolMemory(headroom_micros=1_500_000, learned_at=to_time(NOW - 60))
     calm = learn(memory, lesson(missed=Missed(300.0, 0.0, complete=False)), NOW)
     assert budget_of(calm).headroom == 1.5
     assert budget_of(learn(memory, lesson(missed=Missed(300.0, 0.0)), NOW)).headroom < 1.5
-    assert budget_of(learn(memory, lesson(missed=Missed(300.0, 90.0, complete=False)), NOW)).headroom > 1.5
+    missed = memory
+    for step in range(8):
+        missed = learn(missed, lesson(missed=Missed(300.0, 90.0, complete=False)), NOW + 15 * step)
+    assert budget_of(missed).headroom > 1.5
 
 
 def test_what_was_learned_of_other_engines_is_forgotten_and_their_load_is_told_anew():
@@ -187,7 +206,7 @@ def test_what_was_learned_of_other_engines_is_forgotten_and_their_load_is_told_a
         {"work_micros": 0},
         {"work_micros": -5},
         {"slowness_permille": 0},
-        {"slowness_permille": -1, "headroom_permille": 0},
+        {"slowness_permille": -1, "headroom_micros": 0},
         {"asked": -7, "missed_milli": -7},
         {"load_bucket": 60_000_000},
     ],

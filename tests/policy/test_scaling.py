@@ -1032,6 +1032,40 @@ def test_arrivals_at_some_routers_are_no_history_of_the_load():
         assert len(memory.load_peaks) == peaks
 
 
+def an_hour_of(load: float, until: float) -> PoolMemory:
+    newest = math.floor(until / 30.0)
+    return PoolMemory(
+        work_micros=200_000,
+        headroom_micros=930_000,
+        learned_at=to_time(until),
+        load_peaks=[round(100 * load)] * 120,
+        load_bucket=newest,
+    )
+
+
+def test_arrivals_that_nobody_sees_are_expected_to_have_grown():
+    """8 replicas of work when they were last seen; the headroom that watching has earned is for those who watch."""
+    facts = pool(8, ready=8, scaling=PoolScaling(min_replicas=1, max_replicas=20), curve=carries(5.0))
+    blind = load(8, answered=0, running=GONE, waiting=GONE)
+    just, long_ago = (
+        one(observe(facts, blind, memory=an_hour_of(7.3, NOW - ago)), NOW) for ago in (45.0, 300.0)
+    )
+    assert (just.desired, just.binding) == (8, Binding.HOLD_UNKNOWN), "a reading that was missed is nothing"
+    assert long_ago.desired == 9
+    assert "Arrivals are unknown" in long_ago.reason
+    forgotten = one(observe(facts, blind, memory=an_hour_of(7.3, NOW - 7200.0)), NOW)
+    assert forgotten.desired == 8
+
+
+def test_misses_with_room_to_spare_are_not_the_start_ups():
+    """An engine is always on its way where headroom grows: what bursts miss meanwhile counts all the same."""
+    late = busy(8, ttft=latencies(TTFT, *[0.2] * 90, *[0.9] * 10, each=40))
+    facts = pool(9, ready=8, pending=1, scaling=PoolScaling(min_replicas=1, max_replicas=20), curve=carries(5.0))
+    for arrivals, counted in ((8.0, True), (36.0, False)):
+        memory = tier_decision(observe(facts, late, arrivals=arrivals)).memory["pool"]
+        assert bool(memory.missed_milli) is counted
+
+
 def test_engines_of_a_rollout_teach_no_pace():
     facts = pool(2, curve=carries(5.0))
     assert tier_decision(observe(facts, busy(), arrivals=5.0)).memory["pool"].slowness_permille
@@ -1046,7 +1080,7 @@ def test_other_engines_are_not_believed_to_be_like_the_old():
         learned_at=to_time(NOW - 15),
         work_micros=200_000,
         slowness_permille=2000,
-        headroom_permille=2500,
+        headroom_micros=2_500_000,
     )
     facts = pool(2, curve=carries(5.0), engines="a")
     assert one(observe(facts, busy(), arrivals=5.0, memory=learned)).desired > 4
@@ -1094,7 +1128,7 @@ def taught(draw):
         learned_at=draw(st.sampled_from([None, to_time(NOW - 15), to_time(NOW - 5000), to_time(NOW + 900)])),
         work_micros=draw(st.one_of(st.none(), st.integers(20_000, 2_000_000))),
         slowness_permille=draw(st.one_of(st.none(), st.integers(500, 2000))),
-        headroom_permille=draw(st.one_of(st.none(), st.integers(920, 2500))),
+        headroom_micros=draw(st.one_of(st.none(), st.integers(920_000, 4_000_000))),
         asked=draw(st.one_of(st.none(), st.integers(0, 100_000))),
         missed_milli=draw(st.one_of(st.none(), st.integers(0, 5_000_000))),
         load_peaks=hour,
@@ -1174,6 +1208,6 @@ def test_deciding_again_at_once_decides_the_same(observation):
     assert after.desired in (
         {before.desired} if before.desired >= before.current else {before.desired, before.current}
     )
-    learned = "work_micros", "slowness_permille", "headroom_permille", "asked", "missed_milli", "load_peaks"
+    learned = "work_micros", "slowness_permille", "headroom_micros", "asked", "missed_milli", "load_peaks"
     for name in learned:
         assert getattr(again.memory[after.pool], name) == getattr(first.memory[after.pool], name)

@@ -186,8 +186,8 @@ class PoolMemory(StatusPart):
     """Engine time a request costs at the objectives by the performance model, microseconds, at the lengths of late."""
     slowness_permille: int | None = None
     """Time that engines take over what the performance model says, in thousandths."""
-    headroom_permille: int | None = None
-    """What the error budget multiplies the need by, in thousandths."""
+    headroom_micros: int | None = None
+    """What the error budget multiplies the need by, in millionths."""
     asked: int | None = None
     """Requests of the last hour or so; what is old counts less."""
     missed_milli: int | None = None

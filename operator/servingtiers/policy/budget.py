@@ -14,14 +14,20 @@ __all__ = ["FIRST", "LEAST", "MOST", "Budget", "spend"]
 
 FIRST = 1.0
 """Headroom until something was seen."""
-LEAST, MOST = 0.95, 2.5
-"""A pool of many engines carries a little more than each of them alone under random arrivals."""
+LEAST, MOST = 0.92, 4.0
+"""A pool of many engines carries a little more than each of them alone under random arrivals. Bursts of seconds, which no
+forecast sees and no start-up is short enough for, take engines that are idle most of the time."""
 _MEMORY_SECONDS = 3600.0
 """What was missed so long ago counts 1/e."""
 _FREE = 0.3
 """So much of the budget may be used before headroom grows: a budget is there to be used."""
-_GAIN = 1.5
+_GAIN = 2.5
 """Headroom for each budget that was used beyond that."""
+_EVENT = 3.0
+"""No reading counts for more than so many times what may be missed: a minute in which all requests miss is one event, and
+what it tells of the next hour is little more than a bad minute does. Bursts of seconds that come all the time add up."""
+_STEEP, _NEARLY = 6.0, 0.9
+"""Headroom for each budget used beyond nearly all of it, besides: 1 % is a limit, not an aim."""
 _RISE_SECONDS, _RELAX_SECONDS = 300.0, 1500.0
 """Time constants at which headroom follows, up and down."""
 _FIRST_SECONDS = 900.0
@@ -58,11 +64,12 @@ def spend(
         busy: Whether the engines had enough to do for more of them to have helped.
     """
     keep = math.exp(-seconds / _MEMORY_SECONDS)
-    counted = missed if busy and not excused else 0.0
+    counted = min(missed, _EVENT * allowed * asked) if busy and not excused else 0.0
     after_asked, after_missed = keep * budget.asked + asked, keep * budget.missed + counted
     base = max(after_asked, asked / max(seconds, 1.0) * _FIRST_SECONDS)
     used = after_missed / (base * allowed) if base > 0 else 0.0
-    target = min(LEAST + _GAIN * max(used - _FREE, 0.0), MOST)
+    target = LEAST + _GAIN * max(used - _FREE, 0.0) + _STEEP * max(used - _NEARLY, 0.0)
+    target = min(target, MOST)
     pace = _RISE_SECONDS if target > budget.headroom else _RELAX_SECONDS
     headroom = budget.headroom + (target - budget.headroom) * min(seconds / pace, 1.0)
     return Budget(headroom, after_asked, after_missed)

@@ -30,10 +30,11 @@ _LEAST_LEVEL = 0.1
 """No peak is measured against less than this share of the mean one."""
 _FORGET_BUCKETS = 80.0
 """After so many buckets a pair weighs half."""
-_CAP = 1.05
-"""No more is expected than the highest peak of the hour times this, unless there is more already."""
-_FLOOR = 0.08
+_FLOOR = 0.12
 """Least margin, as a share of the load, for a start-up of three minutes; an hour without a rise proves nothing."""
+_SWINGS, _FOLLOWED = 1.5, 0.3
+"""A load whose highest is more than so many times its mean, and whose peaks follow it with less than this slope, comes
+and goes."""
 _CONFIDENCE = 0.93
 """Share of the hour's peaks, weighted by their load, that the margin covers."""
 _FIRST_MARGIN = 0.1
@@ -59,6 +60,13 @@ class History:
             return History((*self.peaks[:-1], max(self.peaks[-1], value)), self.last)
         gap = (_MISSING,) * (index - self.last - 1)
         return History((*self.peaks, *gap, value)[-KEPT_BUCKETS:], index)
+
+    def latest(self, now: float) -> tuple[float, float] | None:
+        """Return the newest load, replicas, and how old it is, seconds; None: no load, or one from before the hour."""
+        if self.last is None or not self.peaks or self.peaks[-1] <= 0:
+            return None
+        age = max(now - (self.last + 1) * BUCKET_SECONDS, 0.0)
+        return (self.peaks[-1] / _SCALE, age) if age < KEPT_BUCKETS * BUCKET_SECONDS else None
 
     @property
     def empty(self) -> bool:
@@ -113,15 +121,15 @@ def ahead(history: History, load: float, seconds: float) -> Forecast:
     )
     level = max(mean_y + slope * (load - mean_x), load)
     margin = max(_quantile(misses, _CONFIDENCE), 0.0) * max(level, least)
+    floor = _FLOOR * min(seconds / 180.0, 1.0) * level
+    if max(history.peaks[:-1]) / _SCALE > _SWINGS * mean_x:
+        # The hour has shown what there is, and after a peak it falls: a higher one need not come.
+        floor *= min(slope / _FOLLOWED, 1.0)
     if len(pairs) < _MANY_PAIRS:
         # A few minutes cannot know what an hour brings.
         margin = max(margin, first * (1.0 - len(pairs) / _MANY_PAIRS))
-    highest = _CAP * max(history.peaks) / _SCALE
-    return Forecast(
-        level,
-        max(min(margin, highest - level), _FLOOR * min(seconds / 180.0, 1.0) * level),
-        len(pairs),
-    )
+    highest = max(history.peaks) / _SCALE  # more than the hour has seen is expected only of a load that climbs
+    return Forecast(level, max(min(margin, highest - level), floor), len(pairs))
 
 
 def _pairs(peaks: Sequence[int], steps: int) -> list[tuple[int, float, float]]:

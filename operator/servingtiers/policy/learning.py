@@ -26,13 +26,15 @@ _LEAST_REQUESTS = 20.0
 _WORK_REQUESTS = 400.0
 """Requests that are half a new opinion of what a request costs."""
 _OTHER, _OTHER_REQUESTS = 1.6, 200.0
-"""Requests that cost so many times more or less than those before are other traffic, where a window has so many."""
+"""Requests that cost so many times more or less than those before are a new mix, where a window has so many."""
+_ANOTHER = 2.5
+"""The same, beyond which they are another traffic: the mix of a few clients wanders, and their misses stay theirs."""
 _SPEED_SHARE = 0.12
 """Weight of one reading of the engines' speed."""
 _LEARNED_OF_THEM = (
     "work_micros",
     "slowness_permille",
-    "headroom_permille",
+    "headroom_micros",
     "asked",
     "missed_milli",
     "low_since",
@@ -43,6 +45,8 @@ _LEARNED_OF_THEM = (
 )
 """What is true of some engines and objectives only."""
 _SLOWEST, _FASTEST = 2.0, 0.5
+_LEAST_USED = 0.1
+"""Engines with less to do than this share of what they could would miss no less if there were more of them."""
 _LEAST_BUSY = 0.15
 """At a smaller share of what an engine can do its pace says nothing about its capacity."""
 
@@ -108,7 +112,7 @@ def history_of(memory: PoolMemory) -> History:
 
 def budget_of(memory: PoolMemory) -> Budget:
     """Return what was missed lately."""
-    headroom = FIRST if memory.headroom_permille is None else memory.headroom_permille / 1e3
+    headroom = FIRST if memory.headroom_micros is None else memory.headroom_micros / 1e6
     asked, missed = max(memory.asked or 0, 0), max(memory.missed_milli or 0, 0)
     return Budget(min(max(headroom, LEAST), MOST), float(asked), missed / 1e3)
 
@@ -155,11 +159,11 @@ def learn(memory: PoolMemory, lesson: Lesson, now: float) -> PoolMemory:
     update: dict[str, object] = {}
     before = memory
     finished = lesson.load.e2e.total if isinstance(lesson.load.e2e, Histogram) else 0.0
-    if finished >= _OTHER_REQUESTS and _other_traffic(memory, lesson.curve):
+    if finished >= _OTHER_REQUESTS and _other_traffic(memory, lesson.curve, _OTHER):
+        memory = memory.model_copy(update={"work_micros": None})
+    if finished >= _OTHER_REQUESTS and _other_traffic(before, lesson.curve, _ANOTHER):
         # What was missed, and how much room that took, is the other traffic's.
-        memory = memory.model_copy(
-            update={"work_micros": None, "headroom_permille": None, "asked": None, "missed_milli": None}
-        )
+        memory = memory.model_copy(update={"headroom_micros": None, "asked": None, "missed_milli": None})
     update["work_micros"] = _work(memory, lesson.curve, finished * min(seconds / lesson.load.window, 1.0))
     slowness = _slowness(lesson, finished)
     if slowness is not None:
@@ -182,12 +186,12 @@ def learn(memory: PoolMemory, lesson: Lesson, now: float) -> PoolMemory:
                 allowed=0.01,
                 seconds=seconds,
                 excused=lesson.excused,
-                busy=load > 0.25 * lesson.serving,
+                busy=load > _LEAST_USED * lesson.serving,
             )
             headroom = after.headroom
             if not lesson.missed.complete:
                 headroom = max(headroom, budget_of(memory).headroom)
-            update["headroom_permille"] = round(1e3 * headroom)
+            update["headroom_micros"] = round(1e6 * headroom)
             update["asked"] = round(after.asked)
             update["missed_milli"] = round(1e3 * after.missed)
     memory = memory.model_copy(update=update)
@@ -195,13 +199,13 @@ def learn(memory: PoolMemory, lesson: Lesson, now: float) -> PoolMemory:
     return memory if memory == before else memory.model_copy(update={"learned_at": to_time(now)})
 
 
-def _other_traffic(memory: PoolMemory, curve: EngineCurve) -> bool:
+def _other_traffic(memory: PoolMemory, curve: EngineCurve, times: float) -> bool:
     """Return whether requests cost so much more or less than of late that they are not the same traffic."""
     work = _work_of(memory)
     if work is None:
         return False
     ratio = _told(curve) / work
-    return max(ratio, 1.0 / ratio) > _OTHER
+    return max(ratio, 1.0 / ratio) > times
 
 
 def _work(memory: PoolMemory, curve: EngineCurve, finished: float) -> int:

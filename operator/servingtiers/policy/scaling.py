@@ -50,6 +50,7 @@ from servingtiers.core.signals import (
 )
 from servingtiers.core.times import ago, from_time, in_words, to_time
 from servingtiers.policy import flapping
+from servingtiers.policy.budget import FIRST
 from servingtiers.policy.forecast import BUCKET_SECONDS, Forecast, ahead
 from servingtiers.policy.learning import (
     Lesson,
@@ -95,6 +96,10 @@ _LEAST_DRAIN = 30.0
 """Time in which a backlog that misses objectives is worked off, seconds; longer where engines start more slowly."""
 _ECHO_SECONDS = 60.0
 """For so long after a window that tells of fewer engines, requests still end that had waited for them."""
+_ROOMY = 0.4
+"""Engines with no more than this share of what they carry miss for bursts, not for want of those that are starting."""
+_UNSEEN_SECONDS = 60.0
+"""Arrivals that are not known for so long are worth a forecast: a scrape that is missed, or a restart, is not."""
 _FRESH_SECONDS = 30.0
 """Engines that have served for less are not yet at their pace."""
 _CROWDED_SECONDS = 0.2
@@ -251,6 +256,8 @@ class _View:
     arriving: Signal
     """The same at its end."""
     latencies: tuple[_Latency, ...]
+    now: float
+    """Unix time, seconds."""
     feasible: bool = True
     """False: even one request alone misses an objective."""
 
@@ -499,12 +506,18 @@ def _learned(view: _View, now: float) -> _View:
         if isinstance(view.arriving, Value) and view.arriving.partial
         else number(view.arriving),
         serving=view.serving,
-        excused=not view.settled(view.load.window + _ECHO_SECONDS) or view.had_backlog,
+        excused=(not view.settled(view.load.window + _ECHO_SECONDS) and _short(view)) or view.had_backlog,
         steady=settled and view.fresh_for(_FRESH_SECONDS) and not view.crowded,
         standing=settled and view.queue_stands and view.settled(view.load.window),
         missed=missed,
     )
     return replace(view, memory=learn(view.memory, lesson, now))
+
+
+def _short(view: _View) -> bool:
+    """Return whether the engines that serve have so much to do that those on their way are missed."""
+    capacity, rate = view.capacity(), number(view.arriving)
+    return capacity is None or rate is None or rate > _ROOMY * view.serving * capacity.rps
 
 
 @dataclass(frozen=True, slots=True)
@@ -837,14 +850,19 @@ def _most(needs: Iterator[_Need]) -> int:
 def _expected(view: _View) -> tuple[Forecast, float] | None:
     """Return the peak of the load until an engine ordered now could serve, in replicas, and how far ahead that is.
 
-    None where arrivals or capacity are not known.
+    While arrivals are not known, the newest known ones are looked ahead from, as much farther as they are old. None where
+    none or no capacity is known.
     """
     capacity, rate = view.capacity(), number(view.arriving)
-    if capacity is None or rate is None:
+    if capacity is None:
         return None
-    slow = slowness_of(view.memory)
-    horizon = _AHEAD * (_startup(view.pool, view.memory) or _ASSUMED_STARTUP) + _READING_SECONDS
-    found = ahead(history_of(view.memory), rate / capacity.rps / slow, horizon)
+    history, slow = history_of(view.memory), slowness_of(view.memory)
+    latest = history.latest(view.now) if rate is None else (rate / capacity.rps / slow, 0.0)
+    if latest is None or (rate is None and latest[1] < _UNSEEN_SECONDS):
+        return None
+    load, age = latest
+    horizon = _AHEAD * (_startup(view.pool, view.memory) or _ASSUMED_STARTUP) + _READING_SECONDS + age
+    found = ahead(history, load, horizon)
     return Forecast(slow * found.level, slow * found.margin, found.pairs), horizon
 
 
@@ -854,16 +872,25 @@ def _needs_by_model(view: _View, factor: float, *, foresee: bool) -> Iterator[_N
     filled = _need_by_filling(view)
     if filled is not None:
         yield filled
+    budget = budget_of(view.memory)
+    if rate is None and expected is not None and foresee:
+        # What is not watched gets neither the small headroom that watching has earned nor the benefit of a doubt.
+        forecast, horizon = expected
+        yield _Need(
+            _ceil(_engines(forecast, factor * max(budget.headroom, FIRST))),
+            Binding.FORECAST,
+            f"Arrivals are unknown. From the newest that are known, {forecast.level:.1f} and up to {forecast.margin:.1f}"
+            f" more replicas of work were to be expected within {in_words(horizon)} ({_learned_from(forecast)}).",
+            "Arrivals that are known.",
+        )
     if expected is None or capacity is None or not rate:
         yield from _need_by_backlog(view)
         return
     forecast, horizon = expected
-    budget = budget_of(view.memory)
     load = rate / capacity.rps
     if not foresee:
         forecast = Forecast(load, 0.0, 0)
-    peak = factor * budget.headroom * forecast.peak
-    peak /= 1.0 - _ALONE / max(forecast.peak, 1.0)
+    peak = _engines(forecast, factor * budget.headroom)
     if factor == 1.0:
         peak = max(min(peak, view.pool.replicas), peak / (1.0 + _TOLERANCE))
     seen = f"{_figure(rate)} requests/s arrive{_seen(view.arriving)}"
@@ -891,6 +918,11 @@ def _needs_by_model(view: _View, factor: float, *, foresee: bool) -> Iterator[_N
             f" {carries}: gone within {in_words(drain)}.",
             "A queue below the limit.",
         )
+
+
+def _engines(forecast: Forecast, factor: float) -> float:
+    """Return the engines, not rounded yet, that ``factor`` times the load to come takes."""
+    return factor * forecast.peak / (1.0 - _ALONE / max(forecast.peak, 1.0))
 
 
 def _learned_from(forecast: Forecast) -> str:
@@ -1176,6 +1208,7 @@ def _view(obs: TierObservation, pool: PoolFacts, now: float) -> _View:
         arrivals=obs.load.router.arrival_rate,
         arriving=_arriving(obs),
         latencies=tuple(latencies),
+        now=now,
         feasible=obs.feasible is not False,
     )
 
