@@ -37,7 +37,9 @@ def test_headroom_follows_small_steps_to_the_end():
     """What is kept in the status has digits enough for a step of a thousandth of the way."""
     rounded = Budget()
     for _ in range(4 * 300):
-        rounded = spend(rounded, asked=150.0, missed=0.0, allowed=0.01, seconds=15.0, excused=False, busy=True)
+        rounded = spend(
+            rounded, asked=150.0, missed=0.0, allowed=0.01, seconds=15.0, excused=False, busy=True
+        )
         rounded = replace(rounded, headroom=round(1e6 * rounded.headroom) / 1e6)
     assert rounded.headroom - LEAST < 0.001
 

@@ -1060,7 +1060,9 @@ def test_arrivals_that_nobody_sees_are_expected_to_have_grown():
 def test_misses_with_room_to_spare_are_not_the_start_ups():
     """An engine is always on its way where headroom grows: what bursts miss meanwhile counts all the same."""
     late = busy(8, ttft=latencies(TTFT, *[0.2] * 90, *[0.9] * 10, each=40))
-    facts = pool(9, ready=8, pending=1, scaling=PoolScaling(min_replicas=1, max_replicas=20), curve=carries(5.0))
+    facts = pool(
+        9, ready=8, pending=1, scaling=PoolScaling(min_replicas=1, max_replicas=20), curve=carries(5.0)
+    )
     for arrivals, counted in ((8.0, True), (36.0, False)):
         memory = tier_decision(observe(facts, late, arrivals=arrivals)).memory["pool"]
         assert bool(memory.missed_milli) is counted

@@ -128,7 +128,9 @@ def ahead(history: History, load: float, seconds: float) -> Forecast:
     if len(pairs) < _MANY_PAIRS:
         # A few minutes cannot know what an hour brings.
         margin = max(margin, first * (1.0 - len(pairs) / _MANY_PAIRS))
-    highest = max(history.peaks) / _SCALE  # more than the hour has seen is expected only of a load that climbs
+    highest = (
+        max(history.peaks) / _SCALE
+    )  # more than the hour has seen is expected only of a load that climbs
     return Forecast(level, max(min(margin, highest - level), floor), len(pairs))
 
 
