@@ -504,6 +504,27 @@ def test_what_was_just_given_up_is_not_taken_back_at_once():
     assert one(observe(quick, seen, memory=JUST_SHRUNK), NOW + 5).desired == 2
 
 
+def test_a_queue_that_already_misses_is_met_at_once_even_after_a_scale_down():
+    """5 engines do 25/s: 10 that wait are gone in 0.4 s, and 200 wait for longer than their first token may take."""
+    facts = pool(5, scaling=PoolScaling(min_replicas=1, max_replicas=20), curve=carries(5.0))
+    memory = PoolMemory(last_scale_down=to_time(NOW - 20), given_up_from=6, given_up_to=5)
+    few, many_wait = (
+        one(observe(facts, busy(5, waiting=waiting), arrivals=24.0, memory=memory)) for waiting in (10, 60)
+    )
+    assert (few.desired, few.binding) == (5, Binding.HOLD_PENDING)
+    assert many_wait.desired > 5
+
+
+def test_engines_with_a_queue_cannot_be_spared_whatever_the_model_says():
+    facts, memory = pool(4, curve=carries(5.0)), low_for(LONG)
+    assert (
+        one(observe(facts, busy(4, waiting=3, kv_usage=Value(0.3)), arrivals=5.0, memory=memory)).desired == 3
+    )
+    waits = one(observe(facts, busy(4, waiting=4, kv_usage=Value(0.3)), arrivals=5.0, memory=memory))
+    assert (waits.desired, waits.binding) == (4, Binding.QUEUE)
+    assert "none can be spared" in waits.reason
+
+
 def test_a_rush_right_after_a_scale_down_is_met_at_once():
     seen = load(1, running=10, waiting=40)
     assert one(observe(pool(1, curve=carries(1.0)), seen, arrivals=4.0, memory=JUST_SHRUNK)).desired > 2
@@ -1102,7 +1123,8 @@ def test_a_histogram_with_gaps_shrinks_nothing():
 def test_a_queue_before_a_cache_that_nobody_can_see_shrinks_nothing():
     facts, memory = pool(4, curve=carries(5.0)), low_for(LONG)
     waits = busy(4, waiting=4)
-    assert one(observe(facts, replace(waits, kv_usage=Value(0.3)), arrivals=1.0, memory=memory)).desired < 4
+    seen = one(observe(facts, replace(waits, kv_usage=Value(0.3)), arrivals=1.0, memory=memory))
+    assert (seen.desired, seen.binding) == (4, Binding.QUEUE)
     unseen = one(observe(facts, waits, arrivals=1.0, memory=memory))
     assert (unseen.desired, unseen.binding) == (4, Binding.HOLD_UNKNOWN)
 

@@ -90,8 +90,9 @@ _TOLERANCE = 0.05
 """A need that exceeds the pool by less starts no engine: load that wavers about a whole number must not flap."""
 _HYSTERESIS = 1.03
 """With this much more load, fewer replicas must suffice, too."""
-_FILLED = 0.76
-"""Share of slots or KV cache from which on engines are as good as full."""
+_FILLED, _REFILLED = 0.7, 0.83
+"""Share of slots or KV cache from which on engines are as good as full where requests wait, and the share that those may
+be filled to that answer it: what a full batch calls for is no more than the next step up."""
 _LEAST_DRAIN = 30.0
 """Time in which a backlog that misses objectives is worked off, seconds; longer where engines start more slowly."""
 _ECHO_SECONDS = 60.0
@@ -389,6 +390,15 @@ class _View:
         waiting = number(self.load.waiting) or 0.0
         first = min((each.target for each in self.latencies if each.metric == "ttft"), default=4.0)
         return waiting > self.waiting_limit * max(self.serving, 1) or self.mean_queue > first / 4
+
+    @property
+    def overrun(self) -> bool:
+        """Whether what waits now waits longer than its first token may take, on engines that do all they can."""
+        waiting, capacity = number(self.load.waiting), self.capacity()
+        first = min((each.target for each in self.latencies if each.metric == "ttft"), default=None)
+        if waiting is None or capacity is None or first is None or self.awaits_transfer:
+            return False
+        return waiting > first * max(self.serving, 1) * capacity.rps
 
     @property
     def steady(self) -> bool:
@@ -694,7 +704,7 @@ def _regret(view: _View, need: _Need, now: float) -> Decision | None:
     patience = min(hold_seconds(view.pool, view.memory)[0], _REGRET_SECONDS)
     # Steps down are 1 or a fifth of the larger pool.
     before = current + max(1, math.ceil(current / 4))
-    if not 0 <= passed < patience or need.replicas > before:
+    if not 0 <= passed < patience or need.replicas > before or view.overrun:
         return None
     return _decision(
         view,
@@ -948,7 +958,7 @@ def _need_by_filling(view: _View) -> _Need | None:
     if used < _FILLED or not queued or not view.settled(_ECHO_SECONDS):
         return None
     return _Need(
-        max(view.serving + 1, _ceil(view.serving * used / _FILLED)),
+        max(view.serving + 1, _ceil(view.serving * used / _REFILLED)),
         Binding.QUEUE if slots >= used else Binding.KV_CACHE,
         f"{_figure(running)} sequences run, {slots:.0%} of the slots"
         + ("" if cache is None else f" and {cache:.0%} of the KV cache")
@@ -1146,6 +1156,13 @@ def _blocker_by_model(view: _View, fewer: int) -> tuple[Binding, str, str] | Non
     need = max(_needs(view, _HYSTERESIS), key=lambda each: each.replicas, default=None)
     if need is not None and need.replicas > fewer:
         return need.binding, need.reason, need.would_change
+    waiting = number(view.load.waiting) or 0.0
+    if waiting >= max(view.serving, 1) and not view.awaits_transfer:
+        return (
+            Binding.QUEUE,
+            f"{_figure(waiting)} requests wait, one or more for each engine: none can be spared.",
+            "A shorter queue for a hold.",
+        )
     if view.alone:
         return None
     for latency in view.latencies:
