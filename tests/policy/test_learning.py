@@ -170,13 +170,24 @@ def test_an_idle_pool_is_remembered_once_and_then_written_no_more():
     assert memory.load_peaks == []
 
 
+def test_an_hour_without_a_request_leaves_nothing_of_its_budget():
+    """A night after a bad evening."""
+    memory = taught(lesson(missed=Missed(300.0, 90.0)), 40)
+    assert budget_of(memory).headroom > 2.0
+    quiet = replace(lesson(arrivals=0.0, missed=Missed(0.0, 0.0)), load=Load(60.0, Coverage(1, 1)))
+    for step in range(1, 4 * 62):
+        memory = learn(memory, quiet, NOW + 600 + 15 * step)
+    assert budget_of(memory).headroom == 1.0
+    assert (memory.asked, memory.missed_milli) == (None, None)
+
+
 def test_what_nobody_can_see_gives_no_headroom_back_but_may_buy_some():
     memory = PoolMemory(headroom_micros=1_500_000, learned_at=to_time(NOW - 60))
     calm = learn(memory, lesson(missed=Missed(300.0, 0.0, complete=False)), NOW)
     assert budget_of(calm).headroom == 1.5
     assert budget_of(learn(memory, lesson(missed=Missed(300.0, 0.0)), NOW)).headroom < 1.5
     missed = memory
-    for step in range(8):
+    for step in range(20):
         missed = learn(missed, lesson(missed=Missed(300.0, 90.0, complete=False)), NOW + 15 * step)
     assert budget_of(missed).headroom > 1.5
 

@@ -1053,6 +1053,16 @@ def test_arrivals_at_some_routers_are_no_history_of_the_load():
         assert len(memory.load_peaks) == peaks
 
 
+def test_an_engine_that_never_comes_excuses_nothing_for_ever():
+    """A pod that crashes as it starts: after three start-ups, and ten minutes, misses buy headroom again."""
+    late = busy(4, ttft=latencies(TTFT, *[0.2] * 90, *[0.9] * 10, each=40))
+    facts = pool(5, ready=4, pending=1, curve=carries(5.0))
+    for ordered, counted in ((300.0, False), (900.0, True)):
+        memory = PoolMemory(last_scale_up=to_time(NOW - ordered))
+        after = tier_decision(observe(facts, late, arrivals=16.0, memory=memory)).memory["pool"]
+        assert bool(after.missed_milli) is counted
+
+
 def an_hour_of(load: float, until: float) -> PoolMemory:
     newest = math.floor(until / 30.0)
     return PoolMemory(

@@ -19,17 +19,17 @@ LEAST, MOST = 0.92, 4.0
 forecast sees and no start-up is short enough for, take engines that are idle most of the time."""
 _MEMORY_SECONDS = 3600.0
 """What was missed so long ago counts 1/e."""
-_FREE = 0.3
+_FREE = 0.45
 """So much of the budget may be used before headroom grows: a budget is there to be used."""
-_GAIN = 2.5
+_GAIN = 3.0
 """Headroom for each budget that was used beyond that."""
 _EVENT = 3.0
 """No reading counts for more than so many times what may be missed: a minute in which all requests miss is one event, and
 what it tells of the next hour is little more than a bad minute does. Bursts of seconds that come all the time add up."""
-_STEEP, _NEARLY = 6.0, 0.9
+_STEEP, _NEARLY = 6.0, 0.85
 """Headroom for each budget used beyond nearly all of it, besides: 1 % is a limit, not an aim."""
-_RISE_SECONDS, _RELAX_SECONDS = 300.0, 1500.0
-"""Time constants at which headroom follows, up and down."""
+_RISE_SECONDS, _RELAX_SECONDS, _SINK_SECONDS = 240.0, 1000.0, 1500.0
+"""Time constants at which headroom follows: up, down, and down from 1."""
 _FIRST_SECONDS = 900.0
 """The budget is that of so long at least, at the rate of now: in the first minutes a handful of requests is no hour."""
 
@@ -70,6 +70,9 @@ def spend(
     used = after_missed / (base * allowed) if base > 0 else 0.0
     target = LEAST + _GAIN * max(used - _FREE, 0.0) + _STEEP * max(used - _NEARLY, 0.0)
     target = min(target, MOST)
-    pace = _RISE_SECONDS if target > budget.headroom else _RELAX_SECONDS
+    if target > budget.headroom:
+        pace = _RISE_SECONDS
+    else:
+        pace = _RELAX_SECONDS if budget.headroom > FIRST else _SINK_SECONDS
     headroom = budget.headroom + (target - budget.headroom) * min(seconds / pace, 1.0)
     return Budget(headroom, after_asked, after_missed)

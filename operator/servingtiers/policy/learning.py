@@ -176,6 +176,11 @@ def learn(memory: PoolMemory, lesson: Lesson, now: float) -> PoolMemory:
         history = history_of(memory).with_load(now, lesson.arrivals * work / 1e6)
         update["load_peaks"] = [] if history.empty else list(history.peaks)
         update["load_bucket"] = None if history.empty else history.last
+        if history.empty:
+            # An hour without a request leaves nothing of that hour's budget.
+            update |= {"asked": None, "missed_milli": None}
+            if memory.headroom_micros is not None:
+                update["headroom_micros"] = min(memory.headroom_micros, round(1e6 * FIRST))
         if lesson.missed is not None and lesson.missed.asked > 0:
             share = min(seconds / lesson.load.window, 1.0)
             load = lesson.arrivals * work / 1e6 * slowness_of(at)

@@ -99,6 +99,8 @@ _ECHO_SECONDS = 60.0
 """For so long after a window that tells of fewer engines, requests still end that had waited for them."""
 _ROOMY = 0.4
 """Engines with no more than this share of what they carry miss for bursts, not for want of those that are starting."""
+_OVERDUE, _OVERDUE_SECONDS = 3.0, 600.0
+"""Start-ups, and seconds at least, after which an engine that was ordered is not waited for any more."""
 _UNSEEN_SECONDS = 60.0
 """Arrivals that are not known for so long are worth a forecast: a scrape that is missed, or a restart, is not."""
 _FRESH_SECONDS = 30.0
@@ -516,7 +518,7 @@ def _learned(view: _View, now: float) -> _View:
         if isinstance(view.arriving, Value) and view.arriving.partial
         else number(view.arriving),
         serving=view.serving,
-        excused=(not view.settled(view.load.window + _ECHO_SECONDS) and _short(view)) or view.had_backlog,
+        excused=_short(view) or view.had_backlog,
         steady=settled and view.fresh_for(_FRESH_SECONDS) and not view.crowded,
         standing=settled and view.queue_stands and view.settled(view.load.window),
         missed=missed,
@@ -525,9 +527,21 @@ def _learned(view: _View, now: float) -> _View:
 
 
 def _short(view: _View) -> bool:
-    """Return whether the engines that serve have so much to do that those on their way are missed."""
+    """Return whether what the window missed, it missed for want of engines that were on their way."""
+    awaited = view.coming > 0 and not _overdue(view)
+    if not awaited and view.fresh_for(view.load.window + _ECHO_SECONDS):
+        return False
     capacity, rate = view.capacity(), number(view.arriving)
     return capacity is None or rate is None or rate > _ROOMY * view.serving * capacity.rps
+
+
+def _overdue(view: _View) -> bool:
+    """Return whether engines should long have been ready: one that crashes as it starts excuses nothing for ever."""
+    ordered = view.memory.last_scale_up
+    if ordered is None:
+        return False
+    start = _startup(view.pool, view.memory) or _ASSUMED_STARTUP
+    return view.now - from_time(ordered) > max(_OVERDUE * start, _OVERDUE_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
