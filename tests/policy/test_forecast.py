@@ -86,3 +86,17 @@ def test_a_clock_that_is_set_back_a_little_forgets_nothing():
     back = history.with_load(NOW + 3585 - 40, 7.0)
     assert (len(back.peaks), back.peaks[-1], back.last) == (KEPT_BUCKETS, 700, history.last)
     assert history.with_load(NOW, 7.0).peaks == (700,), "an hour back is another time"
+
+
+def test_the_first_minutes_of_a_load_that_comes_and_goes_are_not_its_hour():
+    """The same bursts, seen for a quarter of an hour and for the whole of it: the first may not have been the highest."""
+
+    def bursts(second: int) -> float:
+        return (10.0, 4.0, 5.0)[second // 300 % 3] if second % 300 < 60 else 1.0
+
+    quarter = History()
+    for second in range(0, 900, 15):
+        quarter = quarter.with_load(NOW + second, bursts(second))
+    young, old = (ahead(history, 8.0, 150.0) for history in (quarter, hour(bursts)))
+    assert old.peak == pytest.approx(10.0, abs=0.1)
+    assert 10.2 < young.peak <= 11.0

@@ -35,6 +35,8 @@ _FLOOR = 0.12
 _SWINGS, _FOLLOWED = 1.5, 0.3
 """A load whose highest is more than so many times its mean, and whose peaks follow it with less than this slope, comes
 and goes."""
+_UNKNOWN, _ENOUGH_PAIRS = 0.1, 100.0
+"""By how much an hour may be higher than the first minutes of it, and the pairs from which on it is known."""
 _CONFIDENCE = 0.93
 """Share of the hour's peaks, weighted by their load, that the margin covers."""
 _FIRST_MARGIN = 0.1
@@ -122,15 +124,15 @@ def ahead(history: History, load: float, seconds: float) -> Forecast:
     level = max(mean_y + slope * (load - mean_x), load)
     margin = max(_quantile(misses, _CONFIDENCE), 0.0) * max(level, least)
     floor = _FLOOR * min(seconds / 180.0, 1.0) * level
+    highest = max(history.peaks) / _SCALE
     if max(history.peaks[:-1]) / _SCALE > _SWINGS * mean_x:
-        # The hour has shown what there is, and after a peak it falls: a higher one need not come.
-        floor *= min(slope / _FOLLOWED, 1.0)
+        # The hour has shown what there is, and after a peak it falls: a higher one need not come. As far as it is known.
+        goes = 1.0 - min(slope / _FOLLOWED, 1.0)
+        floor *= 1.0 - goes
+        highest *= 1.0 + _UNKNOWN * goes * (1.0 - min(len(pairs) / _ENOUGH_PAIRS, 1.0))
     if len(pairs) < _MANY_PAIRS:
         # A few minutes cannot know what an hour brings.
         margin = max(margin, first * (1.0 - len(pairs) / _MANY_PAIRS))
-    highest = (
-        max(history.peaks) / _SCALE
-    )  # more than the hour has seen is expected only of a load that climbs
     return Forecast(level, max(min(margin, highest - level), floor), len(pairs))
 
 
