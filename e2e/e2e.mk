@@ -1,6 +1,6 @@
 # Real vLLM, real vllm-router, real kubelet: included by the Makefile.
 
-.PHONY: e2e e2e-up e2e-down e2e-fidelity
+.PHONY: e2e e2e-up e2e-down e2e-fidelity e2e-rival
 e2e: setup ## Scenarios on a real one-node cluster with real vLLM on CPU (root; S=3 runs one scenario; E2E_ARGS=--cluster=kubeconfig …)
 	@cd e2e && ../$(BIN)/python -m pytest -q -s $(if $(S),scenarios/test_$(S)_*.py,) $(E2E_ARGS)
 
@@ -12,3 +12,6 @@ e2e-down: setup ## Remove that cluster; programs and images stay in the cache
 
 e2e-fidelity: setup ## The simulator against a real engine under a real trace (root; SECONDS=60 a run)
 	@cd e2e && ../$(BIN)/python -m pytest -q -s fidelity
+
+e2e-rival: setup ## The operator beside KEDA with the HPA, the same load on the same real engines (root; REPEATS=2, AFTER=330; KEDA is built once)
+	@cd e2e && ../$(BIN)/python -m pytest -q -s rival $(E2E_ARGS)

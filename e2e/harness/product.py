@@ -14,7 +14,7 @@ import yaml
 from harness.kube import Kube, KubeError, pod_ready, wait_for
 from harness.tiers import ACCELERATOR
 
-__all__ = ["Product", "values_of"]
+__all__ = ["CHART", "Product", "values_of"]
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "servingtiers"

@@ -48,6 +48,8 @@ _RUNTIME_CLASS = "vllm-cpu"
 _USERS = {"admin": ("system:masters",), "node": ("system:nodes",), "proxy": ("system:node-proxier-group",)}
 _KERNEL_SETTINGS = ("vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops")
 _CLONE_NEWNET = 0x40000000
+_FRONT_PROXY = "front-proxy-client"
+"""Name under which the API server asks aggregated APIs."""
 _CGROUP = "k8s.io"
 """Where containerd puts the pods."""
 _CPU_WEIGHT = 6144
@@ -92,6 +94,7 @@ class Cluster:
             folder.mkdir(parents=True, exist_ok=True)
         self._network()
         self._write_files()
+        self._write_front_proxy()
         self._commands = self._command_lines()
         for name in ("etcd", "kube-apiserver", "containerd"):
             self.start(name)
@@ -117,6 +120,14 @@ class Cluster:
     def stop(self, name: str, *, kill: bool = False) -> None:
         """Stop one program, gracefully or by SIGKILL."""
         self.daemons[name].stop(signum=9 if kill else 15)
+
+    def renew(self, name: str) -> None:
+        """Restart one program where it runs with another command line than it would be started with now."""
+        daemon = self.daemons[name]
+        if daemon.pid is not None and daemon.command != self._commands[name]:
+            say(f"{name} runs with an earlier command line: restarting it")
+            daemon.stop()
+        self.start(name)
 
     def wait_for_api_server(self) -> None:
         """Return when the API server answers that it is ready."""
@@ -175,15 +186,6 @@ class Cluster:
         mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
         for path in sorted((each for each in mounts if f"{each}/".startswith(inside)), key=len, reverse=True):
             _run("umount", "--lazy", path, check=False)
-        # Pods' own network namespaces, of which the runtime keeps a record in our state folder only.
-        recorded = self.places.state / "netns.before"
-        before = set(recorded.read_text().split()) if recorded.exists() else None
-        if before is not None:
-            for each in Path("/var/run/netns").glob("cni-*"):
-                if each.name not in before:
-                    _run("umount", "--lazy", str(each), check=False)
-                    with contextlib.suppress(OSError):
-                        each.unlink()
 
     def _weigh_pods(self) -> None:
         """Let the pods share the cores with the host's own processes.
@@ -197,6 +199,8 @@ class Cluster:
             (folder / _CGROUP / "cpu.shares").write_text(str(_CPU_WEIGHT))
 
     def _remove_cgroups(self) -> None:
+        if self._others("kernel-settings.json"):  # pods of another cluster are in there
+            return
         for root in Path("/sys/fs/cgroup").glob(f"*/{_CGROUP}"):
             for folder in sorted((p for p in root.rglob("*") if p.is_dir()), key=lambda p: -len(p.parts)):
                 with contextlib.suppress(OSError):
@@ -209,9 +213,6 @@ class Cluster:
     def _network(self) -> None:
         name = self.places.namespace
         if not self.places.netns.exists():
-            folder = Path("/var/run/netns")
-            present = [each.name for each in folder.glob("cni-*")] if folder.exists() else []
-            (self.places.state / "netns.before").write_text("\n".join(present))
             _run("ip", "netns", "add", name)
         inside = ["nsenter", f"--net={self.places.netns}"]
         _run(*inside, "ip", "link", "set", "lo", "up")
@@ -247,9 +248,7 @@ class Cluster:
         self._write_once("tokens.csv", lambda: "\n".join(lines) + "\n")
         self._write_once(
             "kernel-settings.json",
-            lambda: json.dumps(
-                {name: Path("/proc/sys", name).read_text().strip() for name in _KERNEL_SETTINGS}
-            ),
+            self._kernel_settings,
         )
         cni = state / "cni"
         cni.mkdir(exist_ok=True)
@@ -259,13 +258,52 @@ class Cluster:
         state.joinpath("Corefile").write_text(self._corefile())
         state.joinpath(f"{_RUNTIME_CLASS}.json").write_text(json.dumps(self._engine_runtime_spec()))
 
+    def _write_front_proxy(self) -> None:
+        """Make the certificate by which aggregated APIs, such as external metrics, know that the API server asks."""
+        state = self.places.state
+        key = ("-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
+        authority, client = state / "front-proxy-ca", state / "front-proxy-client"
+        if client.with_suffix(".crt").exists():
+            return
+        _run(
+            *("openssl", "req", "-x509", *key, "-subj", "/CN=front-proxy-ca", "-days", "3650"),
+            *("-keyout", f"{authority}.key", "-out", f"{authority}.crt"),
+        )
+        _run(
+            *("openssl", "req", *key, "-subj", f"/CN={_FRONT_PROXY}"),
+            *("-keyout", f"{client}.key", "-out", f"{client}.csr"),
+        )
+        usage = state / "front-proxy-client.cnf"
+        usage.write_text(
+            "basicConstraints=CA:FALSE\nkeyUsage=digitalSignature\nextendedKeyUsage=clientAuth\n"
+        )
+        _run(
+            *("openssl", "x509", "-req", "-in", f"{client}.csr", "-days", "3650", "-extfile", str(usage)),
+            *("-CA", f"{authority}.crt", "-CAkey", f"{authority}.key", "-out", f"{client}.crt"),
+        )
+
     def _tokens(self) -> dict[str, str]:
         tokens: dict[str, str] = json.loads((self.places.state / "tokens.json").read_text())
         return tokens
 
+    def _kernel_settings(self) -> str:
+        """Return what the settings are, or were before another cluster that is still there changed them."""
+        for record in self._others("kernel-settings.json"):
+            return record.read_text()
+        return json.dumps({name: Path("/proc/sys", name).read_text().strip() for name in _KERNEL_SETTINGS})
+
+    def _others(self, name: str) -> list[Path]:
+        """Return the files of a name that other clusters of this machine have."""
+        return [
+            path
+            for path in self.places.state.parent.glob(f"*/{name}")
+            if path.parent != self.places.state and path.stat().st_size
+        ]
+
     def _restore_kernel_settings(self) -> None:
         record = self.places.state / "kernel-settings.json"
-        if record.exists():
+        # The last cluster to go puts them back.
+        if record.exists() and not self._others("kernel-settings.json"):
             for name, value in json.loads(record.read_text()).items():
                 Path("/proc/sys", name).write_text(value)
 
@@ -327,6 +365,8 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
   sandbox_image = "{PAUSE}"
   # Machines that forbid a lower oom_score_adj would let runc die without a word.
   restrict_oom_score_adj = true
+  # Pods' network namespaces lie with the rest of this cluster, so that taking it down finds its own and no other's.
+  netns_mounts_under_state_dir = true
   [{cri}.cni]
     bin_dir = "/usr/lib/cni"
     conf_dir = "{state}/cni"
@@ -431,6 +471,16 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
                 *("--authorization-mode=Node,RBAC", f"--service-cluster-ip-range={_SERVICE_RANGE}"),
                 *("--allow-privileged=true", "--kubelet-preferred-address-types=InternalIP"),
                 "--profiling=false",
+                # The aggregation layer: how aggregated APIs know the API server, and whom it asks for.
+                f"--requestheader-client-ca-file={state / 'front-proxy-ca.crt'}",
+                f"--requestheader-allowed-names={_FRONT_PROXY}",
+                *(
+                    "--requestheader-username-headers=X-Remote-User",
+                    "--requestheader-group-headers=X-Remote-Group",
+                ),
+                "--requestheader-extra-headers-prefix=X-Remote-Extra-",
+                f"--proxy-client-cert-file={state / 'front-proxy-client.crt'}",
+                f"--proxy-client-key-file={state / 'front-proxy-client.key'}",
             ],
             "kube-controller-manager": [
                 *(str(plane.kube_controller_manager), admin, "--use-service-account-credentials"),

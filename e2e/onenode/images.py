@@ -21,7 +21,18 @@ from onenode.places import Places
 from onenode.programs import say
 from servingtiers.lab.binaries import run_with_progress
 
-__all__ = ["BASE", "ENGINE", "ENGINE_DIES", "OPERATOR", "PAUSE", "PROMETHEUS", "ROUTER", "Image", "Images"]
+__all__ = [
+    "BASE",
+    "ENGINE",
+    "ENGINE_DIES",
+    "KEDA",
+    "OPERATOR",
+    "PAUSE",
+    "PROMETHEUS",
+    "ROUTER",
+    "Image",
+    "Images",
+]
 
 ROOT = Path(__file__).parents[2]
 """The repository."""
@@ -36,6 +47,8 @@ ENGINE_DIES = "localhost/servingtiers/vllm-cpu-dies:v0.32.0"
 """An engine that dies on its first request."""
 ROUTER = "localhost/servingtiers/vllm-router:v0.1.17"
 PROMETHEUS = "localhost/prometheus:3"
+KEDA = f"localhost/keda:{programs.KEDA_VERSION}"
+"""KEDA's operator and its metrics adapter."""
 
 _SUITE = "bookworm"
 _PACKAGES = ("python3", "python3-venv", "python3-pip", "ca-certificates", "libnuma1")
@@ -128,7 +141,8 @@ class Images:
     def _key(*parts: str, files: Iterable[Path] = ()) -> str:
         digest = hashlib.sha256("\0".join(parts).encode())
         for path in sorted(files):
-            digest.update(str(path).encode())
+            # Relative: the same sources in another checkout are the same image.
+            digest.update(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).encode())
             digest.update(path.read_bytes())
         return digest.hexdigest()
 
@@ -260,15 +274,21 @@ class Images:
 
     def prometheus(self) -> Image:
         """Build an image of Prometheus with Kubernetes' discovery, which Debian's package lacks."""
-        folder = programs.prometheus(self._places)
-        files = [_FILES / "prometheus.Dockerfile"]
-        key = self._key(BASE, folder.name, files=files)
+        return self._of_programs(PROMETHEUS, "prometheus.Dockerfile", programs.prometheus(self._places))
+
+    def keda(self) -> Image:
+        """Build an image of KEDA's two programs."""
+        return self._of_programs(KEDA, "keda.Dockerfile", programs.keda(self._places))
+
+    def _of_programs(self, name: str, dockerfile: str, folder: Path) -> Image:
+        """Build an image of programs that lie in ``folder``, whose name says their version."""
+        file = _FILES / dockerfile
         return self._build(
-            PROMETHEUS,
-            key,
+            name,
+            self._key(BASE, folder.name, files=[file]),
             [
-                *("bud", "--tag", PROMETHEUS, "--build-arg", f"BASE_IMAGE={BASE}", "--pull=false"),
-                *("-f", str(files[0]), str(folder)),
+                *("bud", "--tag", name, "--build-arg", f"BASE_IMAGE={BASE}", "--pull=false"),
+                *("-f", str(file), str(folder)),
             ],
         )
 

@@ -49,6 +49,15 @@ class Daemon:
         pid = int(recorded["pid"])
         return pid if _start_time(pid) == recorded["started"] else None
 
+    @property
+    def command(self) -> list[str]:
+        """The command line it was last started with; empty where it never was."""
+        try:
+            recorded = json.loads(self.record.read_text())
+        except (OSError, ValueError):
+            return []
+        return [str(word) for word in recorded["command"]]
+
     def start(self, command: Sequence[str], *, netns: Path, env: Mapping[str, str] | None = None) -> bool:
         """Start the program inside a network namespace; return False where it already runs."""
         if self.pid is not None:

@@ -31,10 +31,12 @@ from servingtiers.lab.routers import locate_router
 __all__ = [
     "COREDNS_VERSION",
     "HELM_VERSION",
+    "KEDA_VERSION",
     "Programs",
     "ProgramsError",
     "engine",
     "helm",
+    "keda",
     "prepare",
     "router",
     "say",
@@ -44,10 +46,13 @@ COREDNS_VERSION = "v1.15.0"
 HELM_VERSION = "v3.22.0"
 PROMETHEUS_VERSION = "v0.316.0"
 """Module version of Prometheus 3.16."""
+KEDA_VERSION = "v2.21.0"
+"""As ``rival/gotools/go.mod`` locks it."""
 ENGINE_REQUIREMENTS = Path(__file__).parent / "requirements" / "engine.txt"
 
 _NAME_ENGINE = Path(__file__).parent.parent / "images" / "name_engine.py"
 _MODULE = Path(__file__).parent.parent / "gotools"
+_KEDA_MODULE = Path(__file__).parent.parent / "rival" / "gotools"
 _PACKAGES = {
     "containerd": "containerd",
     "runc": "runc",
@@ -220,6 +225,37 @@ def prometheus(places: Places) -> Path:
             *("remove_all_sd", "enable_kubernetes_sd", "netgo"),
         ),
     )
+
+
+def _build_keda(to: Path) -> None:
+    package = "github.com/kedacore/keda/v2"
+    env = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly -buildvcs=false"}
+    ldflags = f"-s -w -X {package}/version.Version={KEDA_VERSION.removeprefix('v')}"
+    for program, name in (("operator", "keda"), ("adapter", "keda-adapter")):
+        run_with_progress(
+            [
+                *(_go(), "build", "-v", "-trimpath", "-ldflags", ldflags, "-o", str(to / name)),
+                f"{package}/cmd/{program}",
+            ],
+            progress=say,
+            doing=f"building KEDA's {program}",
+            cwd=_KEDA_MODULE,
+            env=env,
+        )
+    where = [_go(), "list", "-m", "-f", "{{.Version}} {{.Dir}}", package]
+    listed = subprocess.run(where, check=True, capture_output=True, text=True, cwd=_KEDA_MODULE, env=env)
+    version, folder = listed.stdout.split()
+    if version != KEDA_VERSION:
+        raise ProgramsError(f"{_KEDA_MODULE}/go.mod locks KEDA {version}, not {KEDA_VERSION}")
+    # Its own manifests, of the same version as the programs.
+    shutil.copytree(Path(folder) / "config", to / "config", copy_function=shutil.copyfile)
+    for path in (to / "config").rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def keda(places: Places) -> Path:
+    """Return the folder of KEDA's operator, metrics adapter and manifests: some ten minutes the first time."""
+    return _made(places.cache / f"keda-{KEDA_VERSION}", "KEDA", _build_keda)
 
 
 # --- Python programs --------------------------------------------------------------------------------------------
