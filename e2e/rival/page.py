@@ -48,6 +48,11 @@ def _rows(
     """Return what is compared: its name, how to read it, how to write it, and whether less is better."""
     objectives = results["objectives"]
     first, peak = (each["name"] for each in results["load"]["phases"][1:3])
+    last = results["load"]["phases"][-1]["seconds"]
+
+    def back(value: float | None) -> str:
+        return _seconds(value, never=f"not in {last:g} s")
+
     return [
         ("all three objectives kept", lambda run: run["joint"], _share, False),
         (f"TTFT ≤ {objectives['ttft']:g} s kept", lambda run: run["ttft"], _share, False),
@@ -65,8 +70,8 @@ def _rows(
                 ("one more ready after", "addedAfter"),
             )
         ),
-        ("load down: one asked for again after", lambda run: run["backAsked"], _seconds, True),
-        ("load down: one held again after", lambda run: run["backHeld"], _seconds, True),
+        ("load down: one asked for again after", lambda run: run["backAsked"], back, True),
+        ("load down: one held again after", lambda run: run["backHeld"], back, True),
         ("direction reversals", lambda run: run["reversals"], _number, True),
     ]
 
@@ -82,16 +87,38 @@ def _better(ours: float | None, theirs: float | None, *, less: bool) -> str:
 def _comparison(results: Mapping[str, Any]) -> list[str]:
     runs = {who: [each for each in results["runs"] if each["who"] == who] for who in _WHO}
     lines = [
-        f"| figure (median of {len(runs['operator'])} and {len(runs['keda'])} runs; each run) | {' | '.join(_WHO.values())} | better |",
+        f"| figure ({_counted(len(runs['operator']), len(runs['keda']))}) | {' | '.join(_WHO.values())} | better |",
         "|---|---|---|---|",
     ]
     for label, read, told, less in _rows(results):
         values = {who: [read(each) for each in mine] for who, mine in runs.items()}
         middles = {who: _middle(each) for who, each in values.items()}
-        cells = [f"{told(middles[who])} ({', '.join(map(told, values[who]))})" for who in _WHO]
+        cells = [
+            told(middles[who]) + (f" ({', '.join(map(told, each))})" if len(each) > 1 else "")
+            for who, each in values.items()
+        ]
         lines.append(
             f"| {label} | {' | '.join(cells)} | {_better(middles['operator'], middles['keda'], less=less)} |"
         )
+    return lines
+
+
+def _counted(ours: int, theirs: int) -> str:
+    return "one run each" if ours == theirs == 1 else f"median of {ours} and {theirs} runs, and each run"
+
+
+def _noise(results: Mapping[str, Any]) -> list[str]:
+    """Return a line for each phase in which all runs had the same engines: what differs there is no scaler's doing."""
+    lines = []
+    for shape in results["load"]["phases"]:
+        phases = [_phase(run, shape["name"]) for run in results["runs"]]
+        ready = [each["readyMean"] for each in phases]
+        kept = [each["joint"] for each in phases]
+        if max(ready) - min(ready) <= 0.02 and max(kept) - min(kept) >= 0.01:
+            lines.append(
+                f"In *{shape['name']}* as many engines were ready in every run ({ready[0]:g}), and they kept all objectives for"
+                f" {min(kept):.1%} to {max(kept):.1%} of the requests: that much is noise, no scaler's doing."
+            )
     return lines
 
 
@@ -156,7 +183,10 @@ def page(results: Mapping[str, Any]) -> str:
         (
             f"**Load.** {load['requests']} requests of {load['prompt_tokens']} prompt and {load['output_tokens']} output tokens, Poisson"
             f" arrivals in open loop by `servingtiers bench`, the same ones in every run: {shape}, as shares of the"
-            f" {load['capacity']:g} requests/s that one engine sustained with its batch full just before. The order alternates."
+            f" {load['capacity']:g} requests/s that one engine sustained with its batch full just before. Runs in order:"
+            f" {', '.join(_WHO[each['who']] for each in results['runs'])}. Load and objectives are chosen so that a full batch misses"
+            " the objectives before a queue stands, which is what a scaler that knows objectives can see and a queue's length cannot;"
+            " with objectives that a full batch keeps there would be less between the two."
         ),
         "",
         (
@@ -192,6 +222,7 @@ def page(results: Mapping[str, Any]) -> str:
         "",
         *_phases(results),
         "",
+        *(part for line in _noise(results) for part in (line, "")),
         "## What each did",
         "",
         "Every change of the pool, in seconds after the load began: asked for / held / ready.",
@@ -202,8 +233,9 @@ def page(results: Mapping[str, Any]) -> str:
         "",
         "One node, engines on CPU under a CPU limit, a model of random weights, engines that start in about a minute, one shape of",
         "load, few runs: this shows that both work on real parts and how they move, not what either saves on a fleet of",
-        "GPUs. The HPA's window before it scales down is long beside this load, so a figure of replica-seconds over a few minutes",
-        "says more about that window than about a day. For many traces, start-up times and rivals there is",
+        "GPUs. An engine asked for in one phase is ready in the next: read the phases with the course of the pool above. Both hold",
+        "what they have for minutes after the load has gone (the HPA for 300 s), so replica-seconds over so short a load say little",
+        "about a day. For many traces, start-up times and rivals there is",
         "[the autoscaler study](autoscaler-study.md), which is simulated.",
         "",
     ]

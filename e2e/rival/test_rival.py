@@ -1,6 +1,6 @@
 """The same load on the same engines, scaled once by the operator and once by KEDA with the Kubernetes HPA.
 
-``make e2e-rival``; ``REPEATS=2``, ``AFTER=330``. Writes ``results.json`` beside this file, from which ``python -m rival.page`` writes the
+``make e2e-rival``; ``REPEATS=2``, ``AFTER=330``; ``RESUME=1`` goes on with one that was broken off. Writes ``results.json`` beside this file, from which ``python -m rival.page`` writes the
 page of the documentation.
 """
 
@@ -171,7 +171,7 @@ async def _send(url, load, scratch, watch):
 
 
 def _begin(kube, who):
-    """Bring the tier up with one engine and whoever scales it; return its address."""
+    """Bring the tier up with one engine and whoever scales it, or nobody; return its address."""
     kube.apply(_tier("Auto" if who == OPERATOR else "External"))
     kube.wait_ready(TIER, seconds=300)
     wait_for("one engine", 300, lambda: sum(map(pod_ready, kube.engines(TIER))) == 1)
@@ -229,7 +229,8 @@ def _save(load, runs, versions):
         "runs": runs,
     }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write()
+    if {each["who"] for each in runs} == {OPERATOR, KEDA}:
+        write()
 
 
 async def test_the_same_load_is_scaled_by_the_operator_and_by_keda(
@@ -243,16 +244,23 @@ async def test_the_same_load_is_scaled_by_the_operator_and_by_keda(
     }
     product.install(TELEMETRY)
     runs: list[dict] = []
-    load = None
+    if os.environ.get("RESUME"):
+        saved = json.loads(RESULTS.read_text())
+        runs = saved["runs"]
+        load = Load(PHASES, saved["load"]["capacity"], PROMPT, OUTPUT)
+        assert asdict(load)["phases"] == tuple(saved["load"]["phases"]), "that was another load"
+    else:
+        # Once, so that all runs get the same requests, and while nobody scales.
+        load = Load(PHASES, round(await _capacity(_begin(kube, None)), 2), PROMPT, OUTPUT)
+        programs.say(f"one engine sustains {load.capacity} requests/s with its batch full")
+        _end(kube)
     for round_ in range(REPEATS):
         order = (OPERATOR, KEDA) if round_ % 2 == 0 else (KEDA, OPERATOR)
         for who in order:
+            if any((each["who"], each["round"]) == (who, round_ + 1) for each in runs):
+                continue
             url = _begin(kube, who)
-            if load is None:
-                # Once, so that all runs get the same requests.
-                load = Load(PHASES, round(await _capacity(url), 2), PROMPT, OUTPUT)
-                programs.say(f"one engine sustains {load.capacity} requests/s with its batch full")
-                await asyncio.sleep(20)
+            await asyncio.sleep(20)  # let what the start of an engine stirred up pass
             watch = Watch(kube)
             with watch.open():
                 watch.look(0.0)

@@ -106,3 +106,9 @@ def test_who_was_better_is_told_of_either(rival):
     assert better(2.0, 1.0, less=False) == "ServingTiers"
     assert better(1.0, 1.0, less=True) == "level"
     assert better(None, 500.0, less=True) == "KEDA + HPA"  # never is later than any time
+
+
+def test_the_page_is_written_from_the_results(rival, tmp_path):
+    page = ROOT / "docs" / "explanation" / "rival.md"
+    rival.page.write(tmp_path / "rival.md")
+    assert (tmp_path / "rival.md").read_text() == page.read_text(), "run `cd e2e && python -m rival.page`"
