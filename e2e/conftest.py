@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterator
@@ -22,6 +24,8 @@ from onenode.places import Places
 from servingtiers.lab.binaries import locate
 
 _FIGURES: list[str] = []
+_LONGEST_FIRST = ("2", "5", "7", "4", "6", "3", "11", "1", "10", "8", "9")
+"""Scenarios in the order in which workers take them, so that they end together."""
 _FAILED = pytest.StashKey[bool]()
 
 
@@ -46,6 +50,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--gpus", type=int, default=6, help="accelerators that the node advertises")
     parser.addoption("--any-build", action="store_true", help="take cached images although sources changed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to run side by side on a cluster that is not ours to make again."""
+    if config.getoption("numprocesses", None) and config.getoption("--cluster") != "onenode":
+        raise pytest.UsageError("scenarios run side by side (-n) only on --cluster=onenode, one for each")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let workers begin with what takes longest."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: _turn(item.path.name.split("_")[1]))
+
+
+def _turn(scenario: str) -> int:
+    return _LONGEST_FIRST.index(scenario) if scenario in _LONGEST_FIRST else len(_LONGEST_FIRST)
+
+
+@contextlib.contextmanager
+def _alone(places: Places) -> Iterator[None]:
+    """Let one worker at a time build what they share."""
+    places.cache.mkdir(parents=True, exist_ok=True)
+    with (places.cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 _PARTS = ("operator", "engine", "router", "prometheus")
@@ -90,13 +119,16 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[_AnyCluster]:
         found.images()
     else:
         found = Cluster(places)
-        found.up()
-        images = Images(places, rebuild=not request.config.getoption("--any-build"))
-        for make in (images.base, images.operator, images.engine, images.router):
-            image = make()
-            if image.seconds:
-                programs.say(f"image {image.name}: {image.size_mib:.0f} MiB, built in {image.seconds:.0f} s")
-        built.model(places)
+        with _alone(places):
+            found.up()
+            images = Images(places, rebuild=not request.config.getoption("--any-build"))
+            for make in (images.base, images.operator, images.engine, images.router):
+                image = make()
+                if image.seconds:
+                    programs.say(
+                        f"image {image.name}: {image.size_mib:.0f} MiB, built in {image.seconds:.0f} s"
+                    )
+            built.model(places)
     found.enter()
     yield found
     if isinstance(found, ExistingCluster):
@@ -170,7 +202,8 @@ def dying_engine(cluster: _AnyCluster) -> str:
     """Return the image of an engine that dies on its first request."""
     if not isinstance(cluster, Cluster):
         pytest.skip("that image needs an environment that the node mounts")
-    Images(cluster.places).engine_dies()
+    with _alone(cluster.places):
+        Images(cluster.places).engine_dies()
     return built.ENGINE_DIES
 
 
@@ -178,7 +211,8 @@ def dying_engine(cluster: _AnyCluster) -> str:
 def prometheus(cluster: _AnyCluster, kube: Kube, images_of: dict[str, str]) -> monitoring.Prometheus:
     """Install Prometheus."""
     if isinstance(cluster, Cluster):
-        Images(cluster.places).prometheus()
+        with _alone(cluster.places):
+            Images(cluster.places).prometheus()
     return monitoring.install(kube, images_of["prometheus"])
 
 
@@ -217,15 +251,26 @@ def figures(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Return a function that takes the scenario's line of figures."""
 
     def record(line: str) -> None:
-        _FIGURES.append(f"{request.node.name}: {line}")
-        programs.say(_FIGURES[-1])
+        request.node.user_properties.append(("figures", f"{request.node.name}: {line}"))
+        programs.say(f"{request.node.name}: {line}")
 
     return record
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Collect the figures, also those of workers."""
+    if report.when == "call":
+        scenario = Path(report.location[0]).name
+        _FIGURES.extend(
+            f"{scenario.split('_')[1]:>2} {line}"
+            for name, line in report.user_properties
+            if name == "figures"
+        )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the figures together."""
     if _FIGURES:
         terminalreporter.section("figures")
-        for line in _FIGURES:
+        for line in sorted(_FIGURES):
             terminalreporter.write_line(line)

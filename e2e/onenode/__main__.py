@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "images":
                 _images(cluster)
             case "down":
-                cluster.down()
+                for places in (cluster.places, *cluster.places.beside()):
+                    Cluster(places).down()
             case "status":
                 for name, daemon in cluster.daemons.items():
                     print(f"{name:26} {daemon.pid or 'not running'}")

@@ -309,7 +309,29 @@ def model(places: Places, name: str = "tiny", layers: int = 2, heads: int = 4) -
         # Engines run as another user.
         for path in (places.model, folder, *folder.iterdir()):
             path.chmod(0o755 if path.is_dir() else 0o644)
+    _remember_class(places, folder)
     return folder
+
+
+def _remember_class(places: Places, folder: Path) -> None:
+    """Let vLLM write down what it finds out about the model's class, for the engine's image to begin with."""
+    cache = places.engine / "cache"
+    if cache.exists():
+        return
+    subprocess.run(
+        [
+            str(places.engine / "bin" / "python"),
+            "-c",
+            "import sys; from vllm.config import ModelConfig; ModelConfig(sys.argv[1], dtype='float32')",
+            str(folder),
+        ],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_TARGET_DEVICE": "cpu", "VLLM_CACHE_ROOT": str(cache)},
+    )
+    # Engines run as another user.
+    for path in (cache, *cache.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 if sys.platform != "linux":

@@ -30,8 +30,18 @@ class Places:
 
     @classmethod
     def default(cls) -> Places:
-        """Return the places under the user's cache folder (``$XDG_CACHE_HOME/servingtiers/e2e``)."""
+        """Return the places under the user's cache folder (``$XDG_CACHE_HOME/servingtiers/e2e``).
+
+        The cluster's name is ``SERVINGTIERS_E2E_NAME``; where scenarios run side by side, each worker after the first
+        has a cluster of its own beside it.
+        """
         name = os.environ.get("SERVINGTIERS_E2E_NAME", "servingtiers-e2e")
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+        return cls.named(name if worker == "0" else f"{name}-{worker}")
+
+    @classmethod
+    def named(cls, name: str) -> Places:
+        """Return the places of the cluster with this name."""
         cache = cache_folder() / "e2e"
         return cls(
             cache=cache,
@@ -39,6 +49,11 @@ class Places:
             run=Path("/run") / name,
             namespace=name,
         )
+
+    def beside(self) -> list[Places]:
+        """Return the places of the clusters that other workers made beside this one."""
+        folders = sorted(self.state.parent.glob(f"{self.namespace}-*"))
+        return [Places.named(each.name) for each in folders if each.name.rpartition("-")[2].isdigit()]
 
     @property
     def kubeconfig(self) -> Path:
