@@ -2,7 +2,7 @@
 
 .PHONY: e2e e2e-up e2e-down e2e-fidelity e2e-rival
 e2e: setup ## Scenarios on real one-node clusters with real vLLM on CPU (root; S=3 runs one scenario; E2E_ARGS=--cluster=kubeconfig …)
-	@cd e2e && ../$(BIN)/python -m pytest -q -s $(if $(S),scenarios/test_$(S)_*.py,$(if $(findstring --cluster,$(E2E_ARGS)),,-n 2 --dist loadfile)) $(E2E_ARGS)
+	@cd e2e && ../$(BIN)/python -m pytest -q -s $(if $(S),scenarios/test_$(S)_*.py,$(if $(findstring --cluster,$(E2E_ARGS)),,-n 2 --dist loadfile --no-loadscope-reorder)) $(E2E_ARGS)
 
 e2e-up: setup ## Bring that cluster up and leave it up
 	@cd e2e && ../$(BIN)/python -m onenode up
