@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,19 @@ def dying_engine(cluster: _AnyCluster) -> str:
     with _alone(cluster.places):
         Images(cluster.places).engine_dies()
     return built.ENGINE_DIES
+
+
+@pytest.fixture(scope="session")
+def previous(cluster: _AnyCluster, product: Product) -> tuple[Product, Path]:
+    """Return the version before: as a product with the operator's image of then, and its chart."""
+    if not isinstance(cluster, Cluster):
+        pytest.skip("the image of the version before is built here and put on the node")
+    with _alone(cluster.places):
+        sources = Images(cluster.places).previous()
+    if sources is None:
+        pytest.skip(f"this clone's history does not reach back to {built.PREVIOUS[:12]}")
+    before = replace(product, images={**product.images, "operator": built.OPERATOR_PREVIOUS})
+    return before, sources / "charts" / "servingtiers"
 
 
 @pytest.fixture(scope="session")

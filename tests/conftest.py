@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 
@@ -16,6 +17,10 @@ from servingtiers.lab.controlplane import Connection, ControlPlane, shared_contr
 settings.register_profile("same", derandomize=True)
 if not os.environ.get("HYPOTHESIS_EXPLORE"):
     settings.load_profile("same")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Of a background job, as shells start it: children would ignore it, too, and some tests send it to them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

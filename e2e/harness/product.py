@@ -173,12 +173,12 @@ class Product:
             raise KubeError(f"helm {arguments[0]}: {done.stderr.strip()}")
         return done.stdout
 
-    def install(self, telemetry: Mapping[str, Any] | None = None) -> None:
+    def install(self, telemetry: Mapping[str, Any] | None = None, chart: Path = CHART) -> None:
         """Install or upgrade the release and wait until the operator runs."""
         values = self.scratch / "values.yaml"
         values.write_text(yaml.safe_dump(values_of(self, telemetry)))
         self.run_helm(
-            "upgrade", "--install", RELEASE, str(CHART), "--values", str(values), "--wait", "--timeout=3m"
+            "upgrade", "--install", RELEASE, str(chart), "--values", str(values), "--wait", "--timeout=3m"
         )
         wait_for("operator ready", 90, lambda: any(pod_ready(pod) for pod in self.operators()))
 

@@ -27,7 +27,9 @@ __all__ = [
     "ENGINE_DIES",
     "KEDA",
     "OPERATOR",
+    "OPERATOR_PREVIOUS",
     "PAUSE",
+    "PREVIOUS",
     "PROMETHEUS",
     "ROUTER",
     "Image",
@@ -42,6 +44,9 @@ _DOCKERFILE = Path(os.environ.get("SERVINGTIERS_E2E_DOCKERFILE", ROOT / "Dockerf
 PAUSE = "localhost/pause:1"
 BASE = "localhost/python:3.11-bookworm"
 OPERATOR = "localhost/servingtiers/operator:e2e"
+OPERATOR_PREVIOUS = "localhost/servingtiers/operator:previous"
+PREVIOUS = "2561e66662bc62f6d91c55061dc694b06bb53cf2"
+"""The version before, from which an upgrade is tried: a commit, as long as nothing is released."""
 ENGINE = "localhost/servingtiers/vllm-cpu:v0.32.0"
 ENGINE_DIES = "localhost/servingtiers/vllm-cpu-dies:v0.32.0"
 """An engine that dies on its first request."""
@@ -208,26 +213,35 @@ class Images:
                 if path.is_file() and "__pycache__" not in path.parts
             ),
         ]
+        return self._product(OPERATOR, self._key(BASE, files=sources), _DOCKERFILE, ROOT)
+
+    def previous(self) -> Path | None:
+        """Build the operator's image of the version before; return its sources, or None where history lacks them."""
+        sources = self._folder / f"previous-{PREVIOUS[:12]}"
+        if not sources.exists():
+            archive = subprocess.run(
+                ["git", "-C", str(ROOT), "archive", PREVIOUS], check=False, capture_output=True
+            )
+            if archive.returncode:
+                return None
+            with tempfile.TemporaryDirectory(dir=self._folder) as scratch:
+                subprocess.run(["tar", "-x", "-C", scratch], check=True, input=archive.stdout)
+                shutil.copytree(scratch, sources)
+        self._product(OPERATOR_PREVIOUS, self._key(BASE, PREVIOUS), sources / "Dockerfile", sources)
+        return sources
+
+    def _product(self, name: str, key: str, dockerfile: Path, context: Path) -> Image:
         # Inside the build the package index is reached as it is from here.
         passed = [
-            f"--env={name}" for name in ("PIP_INDEX_URL", "PIP_CERT", "SSL_CERT_FILE") if name in os.environ
+            f"--env={each}" for each in ("PIP_INDEX_URL", "PIP_CERT", "SSL_CERT_FILE") if each in os.environ
         ]
         bundle = os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt")
         return self._build(
-            OPERATOR,
-            self._key(BASE, files=sources),
+            name,
+            key,
             [
-                *(
-                    "bud",
-                    "--tag",
-                    OPERATOR,
-                    "--build-arg",
-                    f"BASE_IMAGE={BASE}",
-                    "--network",
-                    "host",
-                    *passed,
-                ),
-                *("--volume", f"{bundle}:{bundle}:ro", "--pull=false", "-f", str(_DOCKERFILE), str(ROOT)),
+                *("bud", "--tag", name, "--build-arg", f"BASE_IMAGE={BASE}", "--network", "host", *passed),
+                *("--volume", f"{bundle}:{bundle}:ro", "--pull=false", "-f", str(dockerfile), str(context)),
             ],
         )
 

@@ -16,6 +16,28 @@ _EVERYTHING = f"{_OWNED},configmaps,leases,pods,replicasets,secrets,jobs"
 _RELEASE = "app.kubernetes.io/instance=servingtiers"
 
 
+async def test_an_upgrade_from_the_version_before_restarts_nothing(product, previous, kube, figures):
+    before, chart = previous
+    before.install(chart=chart)
+    kube.apply(tier("chat", replicas=(1, 2)))
+    kube.wait_ready("chat", seconds=300)
+    pods = {pod["metadata"]["uid"] for pod in [*kube.engines("chat"), *kube.routers("chat")]}
+    (old,) = product.operators()
+    traffic = Traffic(kube.service_url("chat"), rate=2, prompt_tokens=32, output_tokens=16, seed=81)
+    async with traffic.running():
+        await asyncio.to_thread(product.install)
+        (new,) = product.operators()
+        await asyncio.sleep(20)
+    assert new["spec"]["containers"][0]["image"] != old["spec"]["containers"][0]["image"]
+    after = {pod["metadata"]["uid"] for pod in [*kube.engines("chat"), *kube.routers("chat")]}
+    figures(
+        f"upgrade from the version before replaced {len(pods - after)} of {len(pods)} pods; {traffic.summary()}"
+    )
+    assert after == pods
+    assert traffic.failed == []
+    assert kube.condition("chat", "Ready")["status"] == "True"
+
+
 async def test_an_upgrade_restarts_no_engine_and_tiers_outlive_the_operator(product, kube, figures):
     kube.apply(tier("chat", replicas=(1, 2)))
     kube.wait_ready("chat", seconds=300)
