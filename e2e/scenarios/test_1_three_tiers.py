@@ -66,9 +66,9 @@ async def test_three_tiers_answer_completions_chat_and_streams_through_their_rou
 
     # The operator itself, with three idle tiers. The kubelet measures every 10 s or so.
     (operator,) = product.operators()
-    await asyncio.sleep(20)
+    await asyncio.sleep(10)
     began, used, _ = kube.usage(operator)
-    await asyncio.sleep(60)
+    await asyncio.sleep(50)
     ended, more, resident = kube.usage(operator)
     busy = (more - used) / (ended - began)
     figures(
