@@ -130,6 +130,9 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[_AnyCluster]:
                         f"image {image.name}: {image.size_mib:.0f} MiB, built in {image.seconds:.0f} s"
                     )
             built.model(places)
+            # Here, because from inside the cluster's network no package index can be reached.
+            if any("previous" in getattr(item, "fixturenames", ()) for item in request.session.items):
+                images.previous()
     found.enter()
     yield found
     if isinstance(found, ExistingCluster):

@@ -134,12 +134,15 @@ async def test_urgent_requests_go_first_and_what_is_too_much_is_turned_away(prod
         statuses = [response.status for response in flood]
         for response in flood:
             response.release()
+        # The flood is over, and so is the shedding.
+        after = await ask(session, url, tokens=8, text=prompt(16, rng))
     page = scrape(f"{kube.pod_url(pod)}/metrics")
     rejected = total(page, "vllm:admission_rejections_total")
     figures(
         f"served by rank {[rank for rank, _ in order]}; of 40 at once {statuses.count(200)} answered,"
         f" {statuses.count(503)} shed with 503, engine counted {rejected:.0f} rejections"
     )
+    assert after.ok, after
     assert statuses.count(503) > 0
     assert statuses.count(200) >= 6
     assert statuses.count(200) + statuses.count(503) == 40

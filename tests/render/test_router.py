@@ -115,6 +115,15 @@ def test_other_policies_have_no_cache_threshold(load):
     assert "balance-abs-threshold" not in _flags(router_args(case.tier, case.settings))
 
 
+@pytest.mark.parametrize("most", [None, 64])
+def test_shedding_is_no_failure_of_the_engine(most, load):
+    """Ten 503s open the router's breaker for a minute: a flood would take the engine from those it still serves."""
+    case = load("latency-minimal")
+    pool = dataclasses.replace(case.settings.pools[0], max_queued_requests=most)
+    chosen = dataclasses.replace(case.settings, pools=(pool,))
+    assert ("disable-circuit-breaker" in _flags(router_args(case.tier, chosen))) is (most is not None)
+
+
 def test_disaggregation_is_told_to_the_router(load):
     """In its other mode it would send whole requests to prefill engines."""
     flags = _flags(

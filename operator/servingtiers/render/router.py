@@ -75,6 +75,10 @@ def router_args(tier: ServingTier, settings: TierSettings) -> tuple[str, ...]:
     if disaggregated:
         switches.append("--vllm-pd-disaggregation")
         flags["kv-connector"] = "nixl"
+    if any(pool.max_queued_requests is not None for pool in settings.pools):
+        # An engine that sheds answers 503. The breaker takes ten of them for a broken engine and sends it nothing for a
+        # minute: a short flood would be an outage. Engines that are gone are found by the health checks.
+        switches.append("--disable-circuit-breaker")
     return (
         *switches,
         *(f"--{name}={value}" for name, value in flags.items()),
