@@ -94,7 +94,7 @@ async def _type(line: str, folder: Path, kube: Kube) -> str:
 def _here(line: str, engine: str) -> str:
     """Return a command for this cluster: the engine's address, and few points, for it has a processor to itself."""
     if line.startswith("servingtiers profile"):
-        few = "--batch 1 --batch 4 --context 128 --context 256 --prompt-tokens 32 --prompt-tokens 256"
+        few = "--batch 1 --batch 4 --context 128 --context 256 --prompt-tokens 32 --prompt-tokens 256 --vocabulary 370"
         line = re.sub(r"--model \S+", "--model tiny", line.replace("http://localhost:8000", engine))
         return f"{line} {few}"
     return line
