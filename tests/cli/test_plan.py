@@ -283,6 +283,22 @@ def test_a_profile_is_what_the_plan_stands_on(tmp_path) -> None:
     assert found[45.0] > found[8.0]
 
 
+def test_a_profile_of_few_noisy_points_can_be_planned_with(tmp_path) -> None:
+    """Here a longer context costs a batch of four less than it costs one sequence: times beyond both fell below zero."""
+    profile = tmp_path / "profile.csv"
+    profile.write_text(
+        "kind,batch,context_tokens,new_tokens,ms,kv_capacity_tokens\n"
+        "decode,1,128,,0.919,32768\ndecode,4,128,,1.205,32768\ndecode,1,256,,1.057,32768\ndecode,4,256,,1.066,32768\n"
+        "prefill,,0,32,2.781,32768\nprefill,,0,256,8.177,32768\n"
+        "mixed,1,128,128,0.919,32768\nmixed,1,256,256,1.057,32768\n"
+    )
+    answer = run(
+        *("--accelerator", "h100-sxm-80gb", "--tensor-parallel", "1", "--rate", "20"),
+        *("--slo", "ttft.p99=500ms", "--profile", str(profile), "-o", "json"),
+    )
+    assert json.loads(answer)["choices"]
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [

@@ -259,6 +259,16 @@ def _line(points: Sequence[tuple[float, float]], at: float) -> float:
     return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
 
 
+def _growing_corner(grid: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+    """Return the grid with a last cell from which times can be told for more sequences and longer contexts at once.
+
+    Each sequence reads its own KV cache, so a longer context costs a larger batch no less than a smaller one. Where a
+    few noisy points say otherwise, times beyond both ends would fall, below zero in the end.
+    """
+    least = grid[-1][-2] + grid[-2][-1] - grid[-2][-2]
+    return (*grid[:-1], (*grid[-1][:-1], max(grid[-1][-1], least)))
+
+
 def _decode_grid(
     rows: Iterable[StepRow],
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[tuple[float, ...], ...]]:
@@ -329,7 +339,7 @@ def grid_from_rows(rows: Sequence[StepRow], *, ideal_pair_ms: float, monotone: b
     batches, contexts, raw = _decode_grid(rows) if any(row.kind == "decode" for row in rows) else ((), (), ())
     if len(batches) < 2 or len(contexts) < 3:
         raise ValueError("too few decode rows: give at least two batches at two contexts each")
-    decode = monotone_middle(without_spikes(raw)) if monotone else raw
+    decode = _growing_corner(monotone_middle(without_spikes(raw))) if monotone else raw
     prefill = sorted((float(r.new_tokens), r.ms) for r in rows if r.kind == "prefill" and r.context == 0)
     if len(prefill) < 2:
         raise ValueError("too few prefill rows: give at least two prompt lengths with nothing cached")
