@@ -226,3 +226,19 @@ def test_a_status_that_somebody_has_edited_stops_nothing(told):
     memory = PoolMemory.model_validate(told)
     assert rps_of(learn(memory, lesson(), NOW), CURVE) > 0
     assert 0.9 < budget_of(learn(memory, lesson(), NOW)).headroom < 2.6
+
+
+def test_another_traffic_finds_the_hour_before_it_told_in_its_own_requests():
+    """Requests that cost a tenth: as many of them as came before are a tenth of the engines, not what those took."""
+    memory = taught(lesson(), 20)
+    shifted = learn(memory, lesson(curve=replace(CURVE, rps=90.0, saturation=100.0)), NOW + 600)
+    before = [peak for peak in memory.load_peaks if peak > 0]
+    after = [peak for peak in shifted.load_peaks if peak > 0]
+    assert after[: len(before)] == [pytest.approx(peak / 10, abs=1) for peak in before]
+    assert max(after) < 0.2 * max(before)
+
+
+def test_a_mix_that_wanders_keeps_its_hour():
+    memory = taught(lesson(), 20)
+    longer = learn(memory, lesson(curve=replace(CURVE, rps=4.5, saturation=5.0)), NOW + 600)
+    assert longer.load_peaks[: len(memory.load_peaks)] == memory.load_peaks

@@ -1245,3 +1245,13 @@ def test_deciding_again_at_once_decides_the_same(observation):
     learned = "work_micros", "slowness_permille", "headroom_micros", "asked", "missed_milli", "load_peaks"
     for name in learned:
         assert getattr(again.memory[after.pool], name) == getattr(first.memory[after.pool], name)
+
+
+def test_a_prefill_engine_alone_carries_what_it_carries():
+    """Its capacity is that of one engine whose requests wait; an aggregated one's leans on neighbours."""
+    quiet = {"prefill": low_for(LONG), "decode": low_for(LONG)}
+    facts = phases(1, 1, max_num_seqs=128, curve=carries(10.0))
+    calm = load(1, running=3, ttft=QUICK_FIRST)
+    decided = by_pool(observe(facts, both(calm, calm), arrivals=9.0, memory=quiet))
+    assert decided["prefill"].desired == 1
+    assert decided["decode"].desired == 2

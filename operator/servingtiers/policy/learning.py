@@ -133,15 +133,17 @@ def of_these(memory: PoolMemory, engines: str, curve: EngineCurve | None, now: f
     update: dict[str, object] = {"learned_of": engines}
     if memory.learned_of is not None:
         work = _work_of(memory)
-        peaks: list[int] = []
-        if curve is not None and work is not None:
-            ratio = _told(curve) / work
-            peaks = [round(peak * ratio) if peak > 0 else peak for peak in memory.load_peaks]
+        peaks = [] if curve is None or work is None else _told_anew(memory, _told(curve) / work)
         # The engines of this moment are still those of before, so nothing is learned from them now.
         update |= {"learned_at": to_time(now), "load_peaks": peaks}
         update |= dict.fromkeys(_LEARNED_OF_THEM)
         update["load_bucket"] = memory.load_bucket if peaks else None
     return memory.model_copy(update=update)
+
+
+def _told_anew(memory: PoolMemory, ratio: float) -> list[int]:
+    """Return the load of the last hour where a request takes ``ratio`` times the engines it took."""
+    return [round(peak * ratio) if peak > 0 else peak for peak in memory.load_peaks]
 
 
 def learn(memory: PoolMemory, lesson: Lesson, now: float) -> PoolMemory:
@@ -162,6 +164,10 @@ def learn(memory: PoolMemory, lesson: Lesson, now: float) -> PoolMemory:
     if finished >= _OTHER_REQUESTS and _other_traffic(memory, lesson.curve, _OTHER):
         memory = memory.model_copy(update={"work_micros": None})
     if finished >= _OTHER_REQUESTS and _other_traffic(before, lesson.curve, _ANOTHER):
+        work = _work_of(before)
+        if work is not None:
+            # An hour of requests that cost ten times as much foretells nothing of these but how many may come.
+            memory = memory.model_copy(update={"load_peaks": _told_anew(memory, _told(lesson.curve) / work)})
         # What was missed, and how much room that took, is the other traffic's.
         memory = memory.model_copy(update={"headroom_micros": None, "asked": None, "missed_milli": None})
     update["work_micros"] = _work(memory, lesson.curve, finished * min(seconds / lesson.load.window, 1.0))

@@ -311,6 +311,14 @@ class _View:
         return self.pool.role is PoolRole.DECODE or not queued
 
     @property
+    def alone_waste(self) -> float:
+        """Share of its capacity that a single engine wastes.
+
+        Of a prefill engine it is known what it carries alone: its queue is in its capacity, and in no other's.
+        """
+        return 0.0 if self.pool.role is PoolRole.PREFILL else _ALONE
+
+    @property
     def drain_seconds(self) -> float:
         """In what time a backlog shall be gone; no sooner than another engine could help."""
         start = _startup(self.pool, self.memory) or _ASSUMED_STARTUP
@@ -901,7 +909,7 @@ def _needs_by_model(view: _View, factor: float, *, foresee: bool) -> Iterator[_N
         # What is not watched gets neither the small headroom that watching has earned nor the benefit of a doubt.
         forecast, horizon = expected
         yield _Need(
-            _ceil(_engines(forecast, factor * max(budget.headroom, FIRST))),
+            _ceil(_engines(view, forecast, factor * max(budget.headroom, FIRST))),
             Binding.FORECAST,
             f"Arrivals are unknown. From the newest that are known, {forecast.level:.1f} and up to {forecast.margin:.1f}"
             f" more replicas of work were to be expected within {in_words(horizon)} ({_learned_from(forecast)}).",
@@ -914,7 +922,7 @@ def _needs_by_model(view: _View, factor: float, *, foresee: bool) -> Iterator[_N
     load = rate / capacity.rps
     if not foresee:
         forecast = Forecast(load, 0.0, 0)
-    peak = _engines(forecast, factor * budget.headroom)
+    peak = _engines(view, forecast, factor * budget.headroom)
     if factor == 1.0:
         peak = max(min(peak, view.pool.replicas), peak / (1.0 + _TOLERANCE))
     seen = f"{_figure(rate)} requests/s arrive{_seen(view.arriving)}"
@@ -944,9 +952,9 @@ def _needs_by_model(view: _View, factor: float, *, foresee: bool) -> Iterator[_N
         )
 
 
-def _engines(forecast: Forecast, factor: float) -> float:
+def _engines(view: _View, forecast: Forecast, factor: float) -> float:
     """Return the engines, not rounded yet, that ``factor`` times the load to come takes."""
-    return factor * forecast.peak / (1.0 - _ALONE / max(forecast.peak, 1.0))
+    return factor * forecast.peak / (1.0 - view.alone_waste / max(forecast.peak, 1.0))
 
 
 def _learned_from(forecast: Forecast) -> str:
@@ -1402,7 +1410,7 @@ def _growth(view: _View) -> str:
     capacity = view.capacity()
     if view.pool.curve is not None and capacity is not None:
         ready = max(view.serving, 1)
-        carried = ready * (1.0 - _ALONE / ready) * capacity.rps / budget_of(view.memory).headroom
+        carried = ready * (1.0 - view.alone_waste / ready) * capacity.rps / budget_of(view.memory).headroom
         return (
             f"Another replica for more than about {_figure(carried)} requests/s now or soon, more than"
             f" {view.waiting_limit * ready} waiting, or batches or KV caches that are {_FILLED:.0%} full with a queue."

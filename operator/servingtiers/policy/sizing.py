@@ -469,6 +469,16 @@ def _curve(engine: Engine, found: Curve, demand: Demand, objectives: tuple[Objec
     # whichever of them is free first, and one prompt before them is most of the wait.
     prefill = engine.role is PoolRole.PREFILL
     alone = tuple(each for each in objectives if prefill or each.metric is not Metric.TTFT)
+    if prefill:
+        # A long prompt alone may take most of its objective, and how many are that long is a guess from a few buckets.
+        # What an objective leaves for waiting would be nothing in one reading and, loosened, much in the next: so it is
+        # loosened as it comes near. What that misses buys headroom.
+        alone = tuple(
+            replace(
+                each, target_ms=max(each.target_ms, _REACHABLE * held_values(found, each, TAIL_MARGIN)[0])
+            )
+            for each in alone
+        )
     rate, _ = largest_rate(found, alone, 1.0 if prefill else TAIL_MARGIN)
     match engine.role:
         case PoolRole.PREFILL:
