@@ -161,15 +161,17 @@ def learn(memory: PoolMemory, lesson: Lesson, now: float) -> PoolMemory:
     update: dict[str, object] = {}
     before = memory
     finished = lesson.load.e2e.total if isinstance(lesson.load.e2e, Histogram) else 0.0
-    if finished >= _OTHER_REQUESTS and _other_traffic(memory, lesson.curve, _OTHER):
-        memory = memory.model_copy(update={"work_micros": None})
-    if finished >= _OTHER_REQUESTS and _other_traffic(before, lesson.curve, _ANOTHER):
-        work = _work_of(before)
-        if work is not None:
-            # An hour of requests that cost ten times as much foretells nothing of these but how many may come.
-            memory = memory.model_copy(update={"load_peaks": _told_anew(memory, _told(lesson.curve) / work)})
-        # What was missed, and how much room that took, is the other traffic's.
-        memory = memory.model_copy(update={"headroom_micros": None, "asked": None, "missed_milli": None})
+    work = _work_of(memory)
+    if finished >= _OTHER_REQUESTS and work is not None:
+        ratio = _told(lesson.curve) / work
+        change = max(ratio, 1.0 / ratio)
+        if change > _OTHER:
+            memory = memory.model_copy(update={"work_micros": None})
+        if change > _ANOTHER:
+            # An hour of requests that cost ten times as much foretells nothing of these but how many may come. What was
+            # missed, and how much room that took, is the other traffic's.
+            forgotten = dict.fromkeys(("headroom_micros", "asked", "missed_milli"))
+            memory = memory.model_copy(update=forgotten | {"load_peaks": _told_anew(memory, ratio)})
     update["work_micros"] = _work(memory, lesson.curve, finished * min(seconds / lesson.load.window, 1.0))
     slowness = _slowness(lesson, finished)
     if slowness is not None:
@@ -178,8 +180,8 @@ def learn(memory: PoolMemory, lesson: Lesson, now: float) -> PoolMemory:
         update["slowness_permille"] = round(1e3 * mixed)
     if lesson.arrivals is not None:
         at = memory.model_copy(update=update)
-        work = at.work_micros or 0
-        history = history_of(memory).with_load(now, lesson.arrivals * work / 1e6)
+        micros = at.work_micros or 0
+        history = history_of(memory).with_load(now, lesson.arrivals * micros / 1e6)
         update["load_peaks"] = [] if history.empty else list(history.peaks)
         update["load_bucket"] = None if history.empty else history.last
         if history.empty:
@@ -189,7 +191,7 @@ def learn(memory: PoolMemory, lesson: Lesson, now: float) -> PoolMemory:
                 update["headroom_micros"] = min(memory.headroom_micros, round(1e6 * FIRST))
         if lesson.missed is not None and lesson.missed.asked > 0:
             share = min(seconds / lesson.load.window, 1.0)
-            load = lesson.arrivals * work / 1e6 * slowness_of(at)
+            load = lesson.arrivals * micros / 1e6 * slowness_of(at)
             after = spend(
                 budget_of(memory),
                 asked=share * lesson.missed.asked,
@@ -208,15 +210,6 @@ def learn(memory: PoolMemory, lesson: Lesson, now: float) -> PoolMemory:
     memory = memory.model_copy(update=update)
     # An idle pool learns nothing, and so its status is written no more: the time of a lesson is no lesson.
     return memory if memory == before else memory.model_copy(update={"learned_at": to_time(now)})
-
-
-def _other_traffic(memory: PoolMemory, curve: EngineCurve, times: float) -> bool:
-    """Return whether requests cost so much more or less than of late that they are not the same traffic."""
-    work = _work_of(memory)
-    if work is None:
-        return False
-    ratio = _told(curve) / work
-    return max(ratio, 1.0 / ratio) > times
 
 
 def _work(memory: PoolMemory, curve: EngineCurve, finished: float) -> int:

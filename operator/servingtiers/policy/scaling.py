@@ -395,17 +395,21 @@ class _View:
         return self.mean_queue > _CROWDED_SECONDS or waiting > 2 * max(self.serving, 1)
 
     @property
+    def first_target(self) -> float | None:
+        """Strictest objective of a first token, seconds; None where there is none."""
+        return min((each.target for each in self.latencies if each.metric == "ttft"), default=None)
+
+    @property
     def had_backlog(self) -> bool:
         """Whether a backlog is being worked off, or was within the window."""
         waiting = number(self.load.waiting) or 0.0
-        first = min((each.target for each in self.latencies if each.metric == "ttft"), default=4.0)
-        return waiting > self.waiting_limit * max(self.serving, 1) or self.mean_queue > first / 4
+        longest = 1.0 if self.first_target is None else self.first_target / 4
+        return waiting > self.waiting_limit * max(self.serving, 1) or self.mean_queue > longest
 
     @property
     def overrun(self) -> bool:
         """Whether what waits now waits longer than its first token may take, on engines that do all they can."""
-        waiting, capacity = number(self.load.waiting), self.capacity()
-        first = min((each.target for each in self.latencies if each.metric == "ttft"), default=None)
+        waiting, capacity, first = number(self.load.waiting), self.capacity(), self.first_target
         if waiting is None or capacity is None or first is None or self.awaits_transfer:
             return False
         return waiting > first * max(self.serving, 1) * capacity.rps
