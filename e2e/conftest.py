@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +14,15 @@ import pytest
 from harness import prometheus as monitoring
 from harness.existing import ExistingCluster
 from harness.kind import KindCluster
-from harness.kube import Kube, wait_for
+from harness.kube import Kube
 from harness.product import Product
+from harness.tiers import remove_tiers
 from onenode import images as built
 from onenode import programs
 from onenode.cluster import Cluster
 from onenode.images import Images
 from onenode.places import Places
-from servingtiers.lab.binaries import locate
+from servingtiers.lab.binaries import file_lock, locate
 
 _FIGURES: list[str] = []
 _LONGEST_FIRST = ("2", "5", "7", "4", "6", "3", "11", "1", "10", "8", "9")
@@ -69,13 +69,9 @@ def _turn(scenario: str) -> int:
     return _LONGEST_FIRST.index(scenario) if scenario in _LONGEST_FIRST else len(_LONGEST_FIRST)
 
 
-@contextlib.contextmanager
-def _alone(places: Places) -> Iterator[None]:
+def _alone(places: Places) -> AbstractContextManager[None]:
     """Let one worker at a time build what they share."""
-    places.cache.mkdir(parents=True, exist_ok=True)
-    with (places.cache / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return file_lock(places.cache / "lock", programs.say, "what all clusters share is being built")
 
 
 _PARTS = ("operator", "engine", "router", "prometheus")
@@ -177,28 +173,17 @@ def product(
     return product
 
 
-def _remove_tiers(kube: Kube) -> None:
-    for kind in ("servingtiers", "tierpools"):
-        kube.run("delete", kind, "--all", "--ignore-not-found", check=False)
-    wait_for("tiers' Deployments gone", 60, lambda: not kube.listed("deployments", "servingtiers.io/tier"))
-    # Engines drain for as long as they may; nobody asks anything of them any more.
-    kube.run(
-        "delete", "pods", "--selector=servingtiers.io/tier", "--grace-period=1", "--wait=false", check=False
-    )
-    wait_for("tiers' pods gone", 90, lambda: not kube.listed("pods", "servingtiers.io/tier"))
-
-
 @pytest.fixture(autouse=True)
 def room(request: pytest.FixtureRequest, cluster: _AnyCluster, kube: Kube) -> Iterator[None]:
     """Begin with no tier and all accelerators; afterwards remove the tiers and wait until their pods are gone."""
     if kube.listed("deployments", "servingtiers.io/tier"):  # of a run that was broken off
-        _remove_tiers(kube)
+        remove_tiers(kube)
     cluster.set_accelerators(request.config.getoption("--gpus"))
     yield
     if request.node.stash.get(_FAILED, False):
         _tell(kube, cluster.places.cache / "failures" / f"{request.node.name}.txt")
     if not os.environ.get("KEEP"):
-        _remove_tiers(kube)
+        remove_tiers(kube)
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,7 +19,8 @@ from fidelity.compare import Engine, rows, simulated, step_model, verdicts
 from fidelity.page import RESULTS, write
 from harness.existing import ExistingCluster
 from harness.kube import pod_ready, wait_for
-from harness.tiers import engine, tier
+from harness.study import circumstances
+from harness.tiers import VOCABULARY, engine, tier
 from onenode import images as built
 from servingtiers.performance.engine_sim import EngineConfig, PoolConfig, sustainable_rate
 from servingtiers.performance.profile import load_profile
@@ -33,7 +32,7 @@ SECONDS = float(os.environ.get("SECONDS", "60"))
 REPEATS = int(os.environ.get("REPEATS", "2"))
 SHARES = (0.15, 0.25, 0.35, 0.45, 0.55, 0.62, 0.7, 0.78)
 """Load points: shares of what the simulator says one engine sustains."""
-TRACE, FROM, LENGTHS, VOCABULARY = "azure-conv", 600, 0.1, 370
+TRACE, FROM, LENGTHS = "azure-conv", 600, 0.1
 MODEL, LAYERS, HEADS = "small", 6, 12
 """Large enough for steps to take longer than what HTTP does for each token: 7.7 million parameters."""
 ENGINE = Engine(max_num_seqs=8, max_num_batched_tokens=1024, block_size=32)
@@ -76,16 +75,6 @@ async def _replay(url, scale, tmp_path):
     )
     (run,) = json.loads(out)["runs"]
     return run, [json.loads(line) for line in record.read_text().splitlines()]
-
-
-def _commit():
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
-
-
-def _processor():
-    with Path("/proc/cpuinfo").open() as lines:
-        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 async def test_the_simulator_says_what_a_real_engine_does(product, cluster, kube, figures, tmp_path):
@@ -155,12 +144,8 @@ async def test_the_simulator_says_what_a_real_engine_does(product, cluster, kube
     def save():
         """Write what there is: a study that is broken off has its first half."""
         results = {
-            "measured": time.strftime("%Y-%m-%d"),
-            "processor": _processor(),
-            "cores": os.cpu_count(),
+            **circumstances(),
             "load": [round(each, 1) for each in os.getloadavg()],
-            "python": platform.python_version(),
-            "commit": _commit(),
             "trace": {"name": TRACE, "from": FROM, "seconds": SECONDS, "lengthScale": LENGTHS},
             "lengths": {
                 "prompt": round(float(whole.prompt.mean()), 1),

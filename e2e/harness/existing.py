@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.kube import open_proxy
 from onenode.places import Places
 
 __all__ = ["ExistingCluster"]
@@ -46,13 +47,7 @@ class ExistingCluster:
         # Nodes with real accelerators keep them; elsewhere one node is told to advertise some.
         if not any(int(node["status"]["allocatable"].get(_RESOURCE, "0")) for node in nodes):
             self._advertised = nodes[0]["metadata"]["name"]
-        self._process = subprocess.Popen(
-            [str(self.kubectl_path), f"--kubeconfig={self.kubeconfig}", "proxy", "--port=0"],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        line = self._process.stdout.readline() if self._process.stdout else ""
-        self.proxy = f"http://{line.split()[-1]}"
+        self._process, self.proxy = open_proxy(self.kubectl_path, self.kubeconfig)
 
     def down(self) -> None:
         """Close the way into it, and take back what was advertised."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["Kube", "KubeError", "WaitError", "wait_for"]
+__all__ = ["Kube", "KubeError", "WaitError", "open_proxy", "wait_for"]
 
 
 class KubeError(RuntimeError):
@@ -181,6 +181,15 @@ class Kube:
             )
 
         return wait_for(f"tiers {', '.join(tiers)} ready", seconds, ready)
+
+
+def open_proxy(kubectl: Path, kubeconfig: Path) -> tuple[subprocess.Popen[str], str]:
+    """Start ``kubectl proxy``; return it and its base URL, behind which no credentials are needed."""
+    process = subprocess.Popen(
+        [str(kubectl), f"--kubeconfig={kubeconfig}", "proxy", "--port=0"], stdout=subprocess.PIPE, text=True
+    )
+    line = process.stdout.readline() if process.stdout else ""
+    return process, f"http://{line.split()[-1]}"
 
 
 def pod_ready(pod: Mapping[str, Any]) -> bool:

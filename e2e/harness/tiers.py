@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["ACCELERATOR", "MODEL", "disaggregated", "engine", "tier"]
+from harness.kube import Kube, wait_for
+
+__all__ = ["ACCELERATOR", "MODEL", "VOCABULARY", "disaggregated", "engine", "remove_tiers", "tier"]
 
 ACCELERATOR = "l4-24gb"
 MODEL = "tiny"
+VOCABULARY = 370
+"""Token ids up to which clients draw: the models made here have 377."""
 
 _ARGUMENTS = {
     "enforce-eager": "",
@@ -131,3 +135,15 @@ def _tier(
             **spec,
         },
     }
+
+
+def remove_tiers(kube: Kube) -> None:
+    """Remove every tier and pool of tiers, and return when their pods are gone."""
+    for kind in ("servingtiers", "tierpools"):
+        kube.run("delete", kind, "--all", "--ignore-not-found", check=False)
+    wait_for("tiers' Deployments gone", 60, lambda: not kube.listed("deployments", "servingtiers.io/tier"))
+    # Engines drain for as long as they may; nobody asks anything of them any more.
+    kube.run(
+        "delete", "pods", "--selector=servingtiers.io/tier", "--grace-period=1", "--wait=false", check=False
+    )
+    wait_for("tiers' pods gone", 90, lambda: not kube.listed("pods", "servingtiers.io/tier"))

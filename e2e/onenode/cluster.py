@@ -199,7 +199,7 @@ class Cluster:
             (folder / _CGROUP / "cpu.shares").write_text(str(_CPU_WEIGHT))
 
     def _remove_cgroups(self) -> None:
-        if self._others("kernel-settings.json"):  # pods of another cluster are in there
+        if self._others():  # pods of another cluster are in there
             return
         for root in Path("/sys/fs/cgroup").glob(f"*/{_CGROUP}"):
             for folder in sorted((p for p in root.rglob("*") if p.is_dir()), key=lambda p: -len(p.parts)):
@@ -246,10 +246,7 @@ class Cluster:
             f'{tokens[user]},{names[user]},{user},"{",".join(groups)}"' for user, groups in _USERS.items()
         ]
         self._write_once("tokens.csv", lambda: "\n".join(lines) + "\n")
-        self._write_once(
-            "kernel-settings.json",
-            self._kernel_settings,
-        )
+        self._write_once("kernel-settings.json", self._kernel_settings)
         cni = state / "cni"
         cni.mkdir(exist_ok=True)
         cni.joinpath("10-bridge.conflist").write_text(json.dumps(self._cni(), indent=1))
@@ -288,22 +285,22 @@ class Cluster:
 
     def _kernel_settings(self) -> str:
         """Return what the settings are, or were before another cluster that is still there changed them."""
-        for record in self._others("kernel-settings.json"):
-            return record.read_text()
+        if others := self._others():
+            return others[0].read_text()
         return json.dumps({name: Path("/proc/sys", name).read_text().strip() for name in _KERNEL_SETTINGS})
 
-    def _others(self, name: str) -> list[Path]:
-        """Return the files of a name that other clusters of this machine have."""
+    def _others(self) -> list[Path]:
+        """Return the records of the kernel's settings that other clusters of this machine keep while they are there."""
         return [
             path
-            for path in self.places.state.parent.glob(f"*/{name}")
+            for path in self.places.state.parent.glob("*/kernel-settings.json")
             if path.parent != self.places.state and path.stat().st_size
         ]
 
     def _restore_kernel_settings(self) -> None:
         record = self.places.state / "kernel-settings.json"
         # The last cluster to go puts them back.
-        if record.exists() and not self._others("kernel-settings.json"):
+        if record.exists() and not self._others():
             for name, value in json.loads(record.read_text()).items():
                 Path("/proc/sys", name).write_text(value)
 

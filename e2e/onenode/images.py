@@ -217,16 +217,15 @@ class Images:
 
     def previous(self) -> Path | None:
         """Build the operator's image of the version before; return its sources, or None where history lacks them."""
-        sources = self._folder / f"previous-{PREVIOUS[:12]}"
-        if not sources.exists():
-            archive = subprocess.run(
-                ["git", "-C", str(ROOT), "archive", PREVIOUS], check=False, capture_output=True
-            )
-            if archive.returncode:
-                return None
-            with tempfile.TemporaryDirectory(dir=self._folder) as scratch:
-                subprocess.run(["tar", "-x", "-C", scratch], check=True, input=archive.stdout)
-                shutil.copytree(scratch, sources)
+        git = ("git", "-C", str(ROOT))
+        if subprocess.run([*git, "cat-file", "-e", PREVIOUS], check=False, capture_output=True).returncode:
+            return None
+
+        def unpack(to: Path) -> None:
+            packed = subprocess.run([*git, "archive", PREVIOUS], check=True, capture_output=True).stdout
+            subprocess.run(["tar", "-x", "-C", str(to)], check=True, input=packed)
+
+        sources = programs.made(self._folder / f"previous-{PREVIOUS[:12]}", "the version before", unpack)
         self._product(OPERATOR_PREVIOUS, self._key(BASE, PREVIOUS), sources / "Dockerfile", sources)
         return sources
 
@@ -239,10 +238,9 @@ class Images:
         return self._build(
             name,
             key,
-            [
-                *("bud", "--tag", name, "--build-arg", f"BASE_IMAGE={BASE}", "--network", "host", *passed),
-                *("--volume", f"{bundle}:{bundle}:ro", "--pull=false", "-f", str(dockerfile), str(context)),
-            ],
+            _bud(
+                name, dockerfile, context, "--network", "host", *passed, "--volume", f"{bundle}:{bundle}:ro"
+            ),
         )
 
     def engine(self) -> Image:
@@ -259,10 +257,7 @@ class Images:
         return self._build(
             name,
             self._key(BASE, files=files),
-            [
-                *("bud", "--tag", name, "--build-arg", f"BASE_IMAGE={BASE}", "--pull=false"),
-                *("-f", str(files[0]), str(_FILES)),
-            ],
+            _bud(name, files[0], _FILES),
         )
 
     def router(self) -> Image:
@@ -277,14 +272,7 @@ class Images:
             )
             for path in files:
                 shutil.copy2(path, context / path.name)
-            return self._build(
-                ROUTER,
-                key,
-                [
-                    *("bud", "--tag", ROUTER, "--build-arg", f"BASE_IMAGE={BASE}", "--pull=false"),
-                    *("-f", str(context / "router.Dockerfile"), str(context)),
-                ],
-            )
+            return self._build(ROUTER, key, _bud(ROUTER, context / "router.Dockerfile", context))
 
     def prometheus(self) -> Image:
         """Build an image of Prometheus with Kubernetes' discovery, which Debian's package lacks."""
@@ -300,11 +288,16 @@ class Images:
         return self._build(
             name,
             self._key(BASE, folder.name, files=[file]),
-            [
-                *("bud", "--tag", name, "--build-arg", f"BASE_IMAGE={BASE}", "--pull=false"),
-                *("-f", str(file), str(folder)),
-            ],
+            _bud(name, file, folder),
         )
+
+
+def _bud(name: str, dockerfile: Path, context: Path, *more: str) -> list[str]:
+    """Return Buildah's arguments for an image on our base."""
+    return [
+        *("bud", "--tag", name, "--build-arg", f"BASE_IMAGE={BASE}", "--pull=false", *more),
+        *("-f", str(dockerfile), str(context)),
+    ]
 
 
 def model(places: Places, name: str = "tiny", layers: int = 2, heads: int = 4) -> Path:

@@ -37,6 +37,7 @@ __all__ = [
     "engine",
     "helm",
     "keda",
+    "made",
     "prepare",
     "router",
     "say",
@@ -122,7 +123,7 @@ def _debian_packages() -> None:
         )
 
 
-def _made(folder: Path, what: str, make: Callable[[Path], None]) -> Path:
+def made(folder: Path, what: str, make: Callable[[Path], None]) -> Path:
     """Return ``folder``, made by ``make`` in a scratch folder beside it when it is not there yet."""
     if folder.exists():
         return folder
@@ -187,8 +188,8 @@ def prepare(places: Places) -> Programs:
         raise ProgramsError("a node needs root (namespaces, mounts, cgroups): use sudo")
     places.cache.mkdir(parents=True, exist_ok=True)
     _debian_packages()
-    node = _made(places.cache / f"node-{KUBERNETES_VERSION}", "kubelet and kube-proxy", _build_node_programs)
-    dns = _made(
+    node = made(places.cache / f"node-{KUBERNETES_VERSION}", "kubelet and kube-proxy", _build_node_programs)
+    dns = made(
         places.cache / f"coredns-{COREDNS_VERSION}",
         "CoreDNS",
         lambda to: _go_install(f"github.com/coredns/coredns@{COREDNS_VERSION}", to),
@@ -206,7 +207,7 @@ def helm() -> Path:
     found = shutil.which("helm")
     if found is not None:
         return Path(found)
-    folder = _made(
+    folder = made(
         cache_folder() / "helm" / f"{HELM_VERSION}-linux-{platform.machine()}",
         "Helm",
         lambda to: _go_install(f"helm.sh/helm/v3/cmd/helm@{HELM_VERSION}", to),
@@ -216,7 +217,7 @@ def helm() -> Path:
 
 def prometheus(places: Places) -> Path:
     """Return the folder of Prometheus, built with no discovery but Kubernetes'."""
-    return _made(
+    return made(
         places.cache / f"prometheus-{PROMETHEUS_VERSION}",
         "Prometheus",
         lambda to: _go_install(
@@ -255,7 +256,7 @@ def _build_keda(to: Path) -> None:
 
 def keda(places: Places) -> Path:
     """Return the folder of KEDA's operator, metrics adapter and manifests: some ten minutes the first time."""
-    return _made(places.cache / f"keda-{KEDA_VERSION}", "KEDA", _build_keda)
+    return made(places.cache / f"keda-{KEDA_VERSION}", "KEDA", _build_keda)
 
 
 # --- Python programs --------------------------------------------------------------------------------------------
@@ -297,7 +298,7 @@ def engine(places: Places) -> Path:
         site = next((to / "lib").glob("python3*")) / "site-packages"
         subprocess.run([sys.executable, str(_NAME_ENGINE), str(site)], check=True)
 
-    return _made(places.engine, "vLLM for CPU", make)
+    return made(places.engine, "vLLM for CPU", make)
 
 
 def router() -> Path:

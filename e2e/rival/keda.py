@@ -10,7 +10,7 @@ import yaml
 
 from harness.kube import Kube, pod_ready, wait_for
 
-__all__ = ["NAMESPACE", "RECIPE", "install", "remove", "scaled_object", "settled"]
+__all__ = ["NAMESPACE", "RECIPE", "install", "let_go", "remove", "scaled_object", "settled"]
 
 NAMESPACE = "keda"
 RECIPE = {"pollingInterval": 15, "cooldownPeriod": 360, "threshold": "5"}
@@ -69,10 +69,15 @@ def install(kube: Kube, manifests: Path, image: str) -> float:
     )
 
 
+def let_go(kube: Kube) -> None:
+    """Let KEDA scale nothing any more."""
+    kube.run("delete", "scaledobjects.keda.sh", "--all", "--ignore-not-found", "--timeout=60s", check=False)
+
+
 def remove(kube: Kube, manifests: Path, image: str) -> None:
     """Remove all of it: an aggregated API without a server would hold up the removal of namespaces."""
     objects = _objects(kube, manifests, image)
-    kube.run("delete", "scaledobjects.keda.sh", "--all", "--ignore-not-found", "--timeout=60s", check=False)
+    let_go(kube)
     objects.sort(key=lambda each: each["kind"] != "APIService")
     for namespace, part in sorted(_by_namespace(objects).items()):
         kube.run(

@@ -10,23 +10,21 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import random
-import subprocess
 import sys
 import time
 import urllib.request
 from dataclasses import asdict
-from pathlib import Path
 
 import aiohttp
 import pytest
 import yaml
 
 from harness import prometheus as monitoring
-from harness.kube import pod_ready, wait_for
+from harness.kube import open_proxy, pod_ready, wait_for
 from harness.product import CHART
-from harness.tiers import MODEL, tier
+from harness.study import circumstances
+from harness.tiers import MODEL, VOCABULARY, remove_tiers, tier
 from harness.traffic import ask, prompt
 from onenode import images as built
 from onenode import programs
@@ -42,7 +40,7 @@ REPLICAS = (1, 3)
 """As the recipe's own example."""
 BATCH, CPU_LIMIT = 16, "400m"
 """A limit, so that an engine carries the same whether one or three run: two cores hold the whole cluster."""
-PROMPT, OUTPUT, VOCABULARY = 64, 256, 370
+PROMPT, OUTPUT = 64, 256
 AFTER = float(os.environ.get("AFTER", "330"))
 """Seconds that are watched after the load has gone; the HPA alone waits 300 before it scales down."""
 PHASES = (
@@ -84,13 +82,8 @@ class Watch:
     @contextlib.contextmanager
     def open(self):
         """Keep the way to the API server open."""
-        process = subprocess.Popen(
-            [str(self._kube.kubectl), f"--kubeconfig={self._kube.kubeconfig}", "proxy", "--port=0"],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        process, self._base = open_proxy(self._kube.kubectl, self._kube.kubeconfig)
         try:
-            self._base = f"http://{process.stdout.readline().split()[-1]}"
             yield self
         finally:
             process.terminate()
@@ -182,18 +175,8 @@ def _begin(kube, who):
 
 
 def _end(kube):
-    kube.run("delete", "scaledobjects.keda.sh", "--all", "--ignore-not-found", "--timeout=60s", check=False)
-    kube.delete("servingtier", TIER)
-    wait_for(
-        "the Deployment gone", 60, lambda: not kube.listed("deployments", f"servingtiers.io/tier={TIER}")
-    )
-    kube.run("delete", "pods", f"--selector=servingtiers.io/tier={TIER}", "--grace-period=1", "--wait=false")
-    wait_for("the tier's pods gone", 120, lambda: not kube.listed("pods", f"servingtiers.io/tier={TIER}"))
-
-
-def _processor():
-    with Path("/proc/cpuinfo").open() as lines:
-        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    keda.let_go(kube)
+    remove_tiers(kube)
 
 
 @pytest.fixture
@@ -213,13 +196,8 @@ def rival(cluster, kube):
 
 def _save(load, runs, versions):
     """Write what there is: a comparison that is broken off has its first runs."""
-    commit = ["git", "rev-parse", "--short", "HEAD"]
     results = {
-        "measured": time.strftime("%Y-%m-%d"),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "commit": subprocess.run(commit, check=False, capture_output=True, text=True).stdout.strip(),
+        **circumstances(),
         "versions": versions,
         "load": {**asdict(load), "requests": load.trace().count("\n")},
         "objectives": asdict(OBJECTIVES),

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import re
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from harness import shell
 from harness.kube import Kube
 from harness.product import values_of
 from harness.tiers import tier
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "tutorial" / "on-your-cluster.md"
-
-
-def commands():
-    """Yield the lines of the page's console blocks."""
-    for block in re.findall(r"```console\n(.*?)```", PAGE.read_text(), re.DOTALL):
-        yield from block.strip().splitlines()
 
 
 @pytest.fixture
@@ -36,32 +28,18 @@ def typed(product, kube: Kube, tmp_path):
     (tmp_path / "tier.yaml").write_text(
         yaml.safe_dump(ours | {"metadata": {"name": "chat", "namespace": "llm"}})
     )
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "kubectl").symlink_to(kube.kubectl)
-    (programs / "helm").symlink_to(product.helm)
-    bench = programs / "servingtiers"
-    # The toy model has 377 tokens; a tutorial does not speak of that.
-    bench.write_text(
-        f'#!/bin/sh\n[ "$1" = bench ] && set -- "$@" --vocabulary 370\nexec {sys.executable} -m servingtiers.cli "$@"\n'
-    )
-    bench.chmod(0o755)
+    shell.programs(tmp_path, kube, product.helm)
     yield tmp_path
     product.install()
 
 
 async def test_every_command_of_the_tutorial_works(typed, kube, figures):
-    env = {
-        **os.environ,
-        "PATH": f"{typed / 'bin'}:{os.environ['PATH']}",
-        "KUBECONFIG": str(kube.kubeconfig),
-        "HOME": str(typed),
-    }
+    env = shell.environment(typed, kube)
     run, background = 0, []
     begun = time.monotonic()
     said = {}
     try:
-        for line in commands():
+        for line in shell.commands(PAGE):
             behind = line.endswith("&")
             process = await asyncio.create_subprocess_exec(
                 *("sh", "-c", f"exec {line.removesuffix('&')}"),

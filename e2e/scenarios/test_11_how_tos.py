@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from harness import shell
 from harness.kube import Kube, pod_ready, wait_for
 from harness.product import values_of
 from harness.tiers import disaggregated, tier
@@ -20,22 +19,6 @@ ROOT = Path(__file__).parents[2]
 PAGES = ("gitops", "monitoring", "profile-your-engine", "split-prefill-and-decode", "upgrade")
 NAMES = {"NS": "llm", "TIER": "chat"}
 """What the pages write for the alert's labels."""
-
-
-def commands(page: str) -> list[str]:
-    """Return the commands of a page's blocks, joined where they continue."""
-    found: list[str] = []
-    fence: str | None = None
-    pending = ""
-    for line in (ROOT / f"docs/how-to/{page}.md").read_text().splitlines():
-        if line.startswith("```"):
-            fence = line[3:] if fence is None else None
-        elif fence in {"", "console"}:
-            pending += line.strip().removesuffix("\\")
-            if not line.endswith("\\"):
-                found.append(re.sub(r"\b(NS|TIER)\b(?!:)", lambda name: NAMES[name[0]], pending))
-                pending = ""
-    return found
 
 
 @pytest.fixture
@@ -49,12 +32,7 @@ def typed(kube: Kube, product, tmp_path):
     (manifests / "examples" / "throughput-disaggregated.yaml").write_text(
         yaml.safe_dump(disaggregated("batch"))
     )
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "kubectl").symlink_to(kube.kubectl)
-    (programs / "helm").symlink_to(product.helm)
-    (programs / "servingtiers").write_text(f'#!/bin/sh\nexec {sys.executable} -m servingtiers.cli "$@"\n')
-    (programs / "servingtiers").chmod(0o755)
+    shell.programs(tmp_path, kube, product.helm)
     # What Argo CD itself would have.
     argo = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "argocd"}}
     settings = {
@@ -73,12 +51,7 @@ async def _type(line: str, folder: Path, kube: Kube) -> str:
     process = await asyncio.create_subprocess_exec(
         *("sh", "-c", line),
         cwd=folder,
-        env={
-            **os.environ,
-            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-            "KUBECONFIG": str(kube.kubeconfig),
-            "HOME": str(folder),
-        },
+        env=shell.environment(folder, kube),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -92,9 +65,10 @@ async def _type(line: str, folder: Path, kube: Kube) -> str:
 
 
 def _here(line: str, engine: str) -> str:
-    """Return a command for this cluster, such as the engine's address, and few points to measure on two cores."""
+    """Return a command for this cluster: its names, the engine's address, and few points to measure on two cores."""
+    line = re.sub(r"\b(NS|TIER)\b(?!:)", lambda name: NAMES[name[0]], line)
     if line.startswith("servingtiers profile"):
-        few = "--batch 1 --batch 4 --context 128 --context 256 --prompt-tokens 32 --prompt-tokens 256 --vocabulary 370"
+        few = "--batch 1 --batch 4 --context 128 --context 256 --prompt-tokens 32 --prompt-tokens 256"
         line = re.sub(r"--model \S+", "--model tiny", line.replace("http://localhost:8000", engine))
         return f"{line} {few}"
     # The page says this to those who have the definitions outside the release; here the release holds them.
@@ -111,8 +85,9 @@ async def test_every_command_of_the_how_tos_works(typed, product, kube, figures)
     product.install({"source": "Scrape", "interval": "6s", "window": "36s"})
     said: dict[str, str] = {}
     for page in PAGES:
-        for line in commands(page):
-            said[line] = await _type(_here(line, kube.pod_url(engine)), typed, kube)
+        for line in shell.commands(ROOT / "docs" / "how-to" / f"{page}.md"):
+            here = _here(line, kube.pod_url(engine))
+            said[here] = await _type(here, typed, kube)
     figures(f"{len(said)} commands of {len(PAGES)} pages in {time.monotonic() - begun:.0f} s")
 
     health = kube.get("configmap", "argocd-cm", "argocd")["data"]
