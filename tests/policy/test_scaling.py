@@ -251,6 +251,23 @@ def test_the_last_answers_of_a_burst_are_no_proof_that_more_replicas_are_futile(
     assert one(observe(pool(2), seen)).binding is not Binding.INFEASIBLE
 
 
+def test_a_tail_made_of_waiting_is_no_proof_that_more_replicas_are_futile():
+    """Batches of one: at most looks an engine runs one request and none waits, and p99 is made of those that met."""
+    late = latencies(TTFT, *[0.1] * 97, *[0.9] * 3)
+    target = Targets({("ttft", "p99"): 0.5})
+    waited = {
+        "e2e": latencies(TTFT, 0.4, each=100),
+        "queue_time": latencies((0.3, 0.5, 1.0, math.inf), *[0.1] * 97, *[0.8] * 3),
+    }
+    facts = pool(1, max_num_seqs=1)
+    seen = load(1, running=1, ttft=late, rate=1.6, **waited)
+    grown = one(observe(facts, seen, targets=target))
+    assert (grown.desired, grown.binding) == (2, Binding.TTFT)
+    # Without a wait the same tail is the request's own.
+    own = replace(seen, queue_time=latencies((0.3, 0.5, 1.0, math.inf), 0.0, each=100))
+    assert one(observe(facts, own, targets=target)).binding is Binding.INFEASIBLE
+
+
 def test_engines_with_a_queue_that_stands_correct_a_model_that_promises_too_much():
     """2 engines finish 8 requests/s and no more: 4/s each, not 10."""
     first = observe(pool(2, max_num_seqs=100, curve=carries(10.0)), STANDING, arrivals=8.0)

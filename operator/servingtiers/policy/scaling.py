@@ -117,6 +117,8 @@ _STEADY_SHARE = 0.8
 """A window tells of full engines where its mean batch was at least this share of the batch of now."""
 _QUEUED_SECONDS = 1.0
 """A longer mean time in the queue says that requests of the window were not alone."""
+_WAITED_FOR = frozenset({"ttft", "e2e"})
+"""Metrics that contain the wait for a place in the batch."""
 _DEFAULT_IDLE_SECONDS = 900.0
 _UNKNOWN_STARTUP_HOLD = 300.0
 _NO_LIMIT = 1_000_000
@@ -305,10 +307,33 @@ class _View:
             return False
         if waiting > 0 or running > self.pool.ready or (self.running_mean or 0.0) > self.pool.ready:
             return False
-        queue = self.load.queue_time
         # Decode engines queue while the KV cache is on its way, whatever their number.
-        queued = isinstance(queue, Histogram) and (queue.mean or 0.0) > _QUEUED_SECONDS
-        return self.pool.role is PoolRole.DECODE or not queued
+        return self.pool.role is PoolRole.DECODE or not self._queued
+
+    @property
+    def _queued(self) -> bool:
+        """Requests of the window waited for a place: all of them a little, or those that missed an objective.
+
+        With batches of one an engine that is half busy shows one running and none waiting at most looks, and a p99
+        made of the few that came together.
+        """
+        queue = self.load.queue_time
+        if not isinstance(queue, Histogram) or not queue.total:
+            return False
+        if (queue.mean or 0.0) > _QUEUED_SECONDS:
+            return True
+        for latency in self.latencies:
+            waited = queue.quantile(QUANTILES[latency.percentile])
+            if (
+                latency.missed
+                and latency.observed is not None
+                and latency.metric in _WAITED_FOR
+                and waited is not None
+                # The lower edge: in the first bucket, which begins at zero, nothing is known of a wait.
+                and latency.observed - waited.low <= latency.target
+            ):
+                return True
+        return False
 
     @property
     def alone_waste(self) -> float:
