@@ -45,8 +45,8 @@ control-plane: setup ## Fetch or build the control plane's binaries (cached)
 	@$(BIN)/python -m servingtiers.lab.binaries
 
 .PHONY: helm
-helm: setup ## Fetch or build Helm, for the chart's tests (cached)
-	@$(BIN)/python -m servingtiers.lab.helm
+helm: setup ## Fetch or build Helm and kubeconform, for the chart's tests (cached)
+	@$(BIN)/python -m servingtiers.lab.go_programs
 
 .PHONY: test
 test: setup control-plane helm ## The default suite: pure tests and the API-server ring

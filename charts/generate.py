@@ -27,7 +27,7 @@ import dashboard  # type: ignore[import-not-found]  # a script beside this one, 
 import yaml
 
 from servingtiers.core.config import OperatorConfig
-from servingtiers.lab.helm import HelmUnavailableError, locate_helm
+from servingtiers.lab.go_programs import HELM, ProgramUnavailableError, locate_program
 
 ROOT = Path(__file__).parents[1]
 CHART = ROOT / "charts/servingtiers"
@@ -342,7 +342,7 @@ def render(values_: Mapping[str, Any]) -> list[Json]:
     """Return the chart's objects under these values without what only Helm needs."""
     result = subprocess.run(
         [
-            str(locate_helm()),
+            str(locate_program(HELM)),
             "template",
             RELEASE,
             str(CHART),
@@ -533,7 +533,7 @@ def main() -> int:
     if not options.no_helm:
         try:
             rendered = manifests()
-        except HelmUnavailableError as error:
+        except ProgramUnavailableError as error:
             print(f"error: {error}, or pass --no-helm", file=sys.stderr)
             return 1
         if not options.check:

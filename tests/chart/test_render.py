@@ -1,5 +1,9 @@
 """What the chart makes of every feature's values."""
 
+import json
+import subprocess
+from pathlib import Path
+
 import kubernetes_validate
 import pytest
 
@@ -12,10 +16,12 @@ from chart.rendering import (
     case_values,
     of_kind,
     only,
+    program,
     refusal,
     render,
     run,
 )
+from servingtiers.lab.go_programs import KUBECONFORM
 from servingtiers.render import names
 
 FOREIGN = {"ServiceMonitor", "PodMonitor", "PrometheusRule"}
@@ -36,6 +42,55 @@ def test_every_object_of_every_feature_fits_the_kubernetes_schemas(case):
     for obj in case_objects(case):
         if obj["kind"] not in FOREIGN:
             kubernetes_validate.validate(obj, "1.36", strict=True)
+
+
+@pytest.fixture(scope="module")
+def kubeconform(tmp_path_factory):
+    """Run kubeconform with the schemas that kubernetes-validate brings, so that nothing is fetched."""
+    theirs = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema" / "v1.36.0-local-strict"
+    schemas = tmp_path_factory.mktemp("schemas")
+    for path in theirs.glob("*.json"):
+        # In the package they are pages of a site; here they are the files beside each other that they were.
+        schema = json.loads(path.read_text().replace('"/api/_definitions.json', '"_definitions.json'))
+        schema.pop("$id", None)
+        (schemas / path.name).write_text(json.dumps(schema))
+
+    def check(documents):
+        return subprocess.run(
+            [
+                *(program(KUBECONFORM), "-strict", "-summary", "-output=json"),
+                f"-schema-location={schemas}/{{{{ .ResourceKind }}}}{{{{ .KindSuffix }}}}.json",
+                f"-skip={','.join(sorted(FOREIGN))}",
+            ],
+            input=documents,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return check
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kubeconform_finds_nothing_in_any_feature(kubeconform, case):
+    """It also refuses keys that stand twice, which a parsed object no longer shows."""
+    text = run(
+        "template", "servingtiers", str(CHART), "--namespace", NAMESPACE, values=case_values(case)
+    ).stdout
+    result = kubeconform(text)
+    summary = json.loads(result.stdout)["summary"]
+
+    assert result.returncode == 0, result.stdout
+    assert summary["valid"] == len([obj for obj in case_objects(case) if obj["kind"] not in FOREIGN])
+
+
+def test_kubeconform_is_asked_strictly(kubeconform):
+    """A misspelt field and a key that stands twice are errors."""
+    account = "apiVersion: v1\nkind: ServiceAccount\nmetadata:\n  name: a\n"
+
+    assert kubeconform(account).returncode == 0
+    assert kubeconform(f"{account}automount: true\n").returncode != 0
+    assert kubeconform(f"{account}  name: b\n").returncode != 0
 
 
 @pytest.mark.parametrize("case", CASES)
