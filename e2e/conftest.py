@@ -54,7 +54,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse to run side by side on a cluster that is not ours to make again."""
+    """Name our marker, and refuse to run side by side on a cluster that is not ours to make again."""
+    config.addinivalue_line(
+        "markers", "continues: begins with the tiers of the test before it, where that passed"
+    )
     if config.getoption("numprocesses", None) and config.getoption("--cluster") != "onenode":
         raise pytest.UsageError("scenarios run side by side (-n) only on --cluster=onenode, one for each")
 
@@ -175,15 +178,29 @@ def product(
 
 @pytest.fixture(autouse=True)
 def room(request: pytest.FixtureRequest, cluster: _AnyCluster, kube: Kube) -> Iterator[None]:
-    """Begin with no tier and all accelerators; afterwards remove the tiers and wait until their pods are gone."""
-    if kube.listed("deployments", "servingtiers.io/tier"):  # of a run that was broken off
+    """Begin with no tier and all accelerators; afterwards remove the tiers and wait until their pods are gone.
+
+    An engine takes longer to start than many a test to run: one marked ``continues`` takes over what is there.
+    """
+    goes_on = request.node.get_closest_marker("continues") is not None
+    if not goes_on and kube.listed("deployments", "servingtiers.io/tier"):  # of a run that was broken off
         remove_tiers(kube)
     cluster.set_accelerators(request.config.getoption("--gpus"))
     yield
-    if request.node.stash.get(_FAILED, False):
+    failed = request.node.stash.get(_FAILED, False)
+    if failed:
         _tell(kube, cluster.places.cache / "failures" / f"{request.node.name}.txt")
-    if not os.environ.get("KEEP"):
+    if not os.environ.get("KEEP") and (failed or not _is_continued(request)):
         remove_tiers(kube)
+
+
+def _is_continued(request: pytest.FixtureRequest) -> bool:
+    items = request.session.items
+    following = items[items.index(request.node) + 1 :][:1]
+    return any(
+        item.path == request.node.path and item.get_closest_marker("continues") is not None
+        for item in following
+    )
 
 
 @pytest.fixture(scope="session")

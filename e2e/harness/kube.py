@@ -1,4 +1,4 @@
-"""A cluster as the scenarios see it: objects through ``kubectl``, Services by address."""
+"""A cluster as the scenarios see it: objects as ``kubectl`` shows and takes them, Services by address."""
 
 from __future__ import annotations
 
@@ -11,16 +11,29 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+from kubernetes.client import ApiClient, ApiException
+from kubernetes.config import new_client_from_config
+from urllib3.exceptions import HTTPError
 
 __all__ = ["Kube", "KubeError", "WaitError", "open_proxy", "wait_for"]
 
 
+_GROUPS = {
+    "deployment": "apis/apps/v1",
+    "pod": "api/v1",
+    "service": "api/v1",
+    "servingtier": "apis/servingtiers.io/v1alpha1",
+}
+"""Kinds that are looked at all the time, which a ``kubectl`` for each look would make costly; and where they are."""
+
+
 class KubeError(RuntimeError):
-    """``kubectl`` failed; the message is its own."""
+    """``kubectl`` or the API server failed; the message is its own."""
 
 
 class WaitError(AssertionError):
@@ -96,15 +109,34 @@ class Kube:
 
     def get(self, kind: str, name: str, namespace: str | None = None) -> dict[str, Any]:
         """Return one object."""
-        found: dict[str, Any] = json.loads(self.run("get", kind, name, "-o=json", namespace=namespace))
-        return found
+        return self._read(kind, name, "", namespace)
 
     def listed(self, kind: str, selector: str = "", namespace: str | None = None) -> list[dict[str, Any]]:
         """Return the objects of a kind."""
-        found: list[dict[str, Any]] = json.loads(
-            self.run("get", kind, "-o=json", f"--selector={selector}", namespace=namespace)
-        )["items"]
+        found: list[dict[str, Any]] = self._read(kind, "", selector, namespace)["items"]
         return found
+
+    def _read(self, kind: str, name: str, selector: str, namespace: str | None) -> dict[str, Any]:
+        group = _GROUPS.get(kind.removesuffix("s"))
+        if group is None:
+            command = ("get", kind, name or f"--selector={selector}", "-o=json")
+            return _object(self.run(*command, namespace=namespace))
+        api = _api(self.kubeconfig)
+        plural = f"{kind.removesuffix('s')}s"
+        try:
+            request = api.param_serialize(
+                "GET",
+                f"/{group}/namespaces/{namespace or self.namespace}/{plural}{f'/{name}' if name else ''}",
+                query_params=[("labelSelector", selector)] if selector else [],
+                auth_settings=["BearerToken"],
+            )
+            answer = api.call_api(*request, _request_timeout=30)
+            document = answer.read()
+        except (ApiException, HTTPError) as error:
+            raise KubeError(f"get {kind} {name or selector}: {error}") from error
+        if answer.status != 200:
+            raise KubeError(f"get {kind} {name or selector}: {document.decode(errors='replace')[:300]}")
+        return _object(document)
 
     def patch(self, kind: str, name: str, body: Mapping[str, Any], namespace: str | None = None) -> None:
         """Merge-patch one object."""
@@ -181,6 +213,16 @@ class Kube:
             )
 
         return wait_for(f"tiers {', '.join(tiers)} ready", seconds, ready)
+
+
+def _object(document: str | bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(document)
+    return found
+
+
+@cache
+def _api(kubeconfig: Path) -> ApiClient:
+    return new_client_from_config(str(kubeconfig), persist_config=False)
 
 
 def open_proxy(kubectl: Path, kubeconfig: Path) -> tuple[subprocess.Popen[str], str]:

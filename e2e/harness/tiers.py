@@ -18,6 +18,8 @@ MODEL = "tiny"
 VOCABULARY = 370
 """Token ids up to which clients draw: the models made here have 377."""
 
+_OF_TIERS = "--selector=servingtiers.io/tier"
+_PARTS = "services,serviceaccounts,roles,rolebindings,networkpolicies,poddisruptionbudgets,configmaps,leases"
 _ARGUMENTS = {
     "enforce-eager": "",
     "kv-cache-memory-bytes": "32M",
@@ -94,18 +96,14 @@ def disaggregated(
     *,
     prefill: tuple[int, int] = (1, 1),
     decode: tuple[int, int] = (1, 1),
-    cpu_limit: str = "600m",
     routers: int = 1,
     **spec: Any,
 ) -> dict[str, Any]:
-    """Return a tier with prefill and decode apart.
-
-    An idle engine with NIXL polls without pause, so it gets a CPU limit.
-    """
+    """Return a tier with prefill and decode apart."""
     # Shared memory needs one memory namespace, which pods do not have: TCP alone.
     settings = engine(env={"UCX_TLS": "tcp,self"})
     pools = {"prefill": _pool(prefill, settings, {}), "decode": _pool(decode, settings, {})}
-    return _tier(name, "Throughput", {"disaggregation": pools}, "250m", cpu_limit, routers, spec)
+    return _tier(name, "Throughput", {"disaggregation": pools}, "250m", None, routers, spec)
 
 
 def _tier(
@@ -138,12 +136,15 @@ def _tier(
 
 
 def remove_tiers(kube: Kube) -> None:
-    """Remove every tier and pool of tiers, and return when their pods are gone."""
-    for kind in ("servingtiers", "tierpools"):
-        kube.run("delete", kind, "--all", "--ignore-not-found", check=False)
-    wait_for("tiers' Deployments gone", 60, lambda: not kube.listed("deployments", "servingtiers.io/tier"))
-    # Engines drain for as long as they may; nobody asks anything of them any more.
-    kube.run(
-        "delete", "pods", "--selector=servingtiers.io/tier", "--grace-period=1", "--wait=false", check=False
-    )
+    """Remove every tier and pool of tiers, and return when their pods are gone.
+
+    Pods that drain do so to the end, whatever is asked of them then, and nobody needs these any more: so their owners go
+    first, and then they go at once. That a tier's objects go with it is for scenario 8 to see.
+    """
+    kube.run("delete", "tierpools", "--all", check=False)
+    for owners in ("servingtiers", "deployments", "replicasets"):
+        which = "--all" if owners == "servingtiers" else _OF_TIERS
+        kube.run("delete", owners, which, "--cascade=orphan", check=False)
+    kube.run("delete", "pods", _OF_TIERS, "--grace-period=1", "--wait=false", check=False)
+    kube.run("delete", _PARTS, _OF_TIERS, check=False)
     wait_for("tiers' pods gone", 90, lambda: not kube.listed("pods", "servingtiers.io/tier"))

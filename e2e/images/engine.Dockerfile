@@ -2,5 +2,6 @@
 # mounts the driver. An image of 6 GB would otherwise be written three times before the first pod starts.
 ARG BASE_IMAGE
 FROM ${BASE_IMAGE}
+COPY sitecustomize.py /opt/start/sitecustomize.py
 COPY --chmod=755 vllm /usr/local/bin/vllm
 USER 2000:0

@@ -253,7 +253,7 @@ class Images:
         return self._shim(ENGINE_DIES, "engine-dies.Dockerfile", "vllm-dies")
 
     def _shim(self, name: str, dockerfile: str, program: str) -> Image:
-        files = [_FILES / dockerfile, _FILES / program]
+        files = [_FILES / dockerfile, _FILES / program, _FILES / "sitecustomize.py"]
         return self._build(
             name,
             self._key(BASE, files=files),

@@ -17,8 +17,8 @@ from onenode import programs
 ACCELERATORS = 3
 WAITING_LIMIT = 2
 TTFT_TARGET = 1.0
-RATE, REQUESTS, OUTPUT = 3.0, 450, 640
-"""Requests per second, for 150 s, of long outputs: two to three times what one engine carries here."""
+RATE, REQUESTS, OUTPUT = 3.0, 360, 640
+"""Requests per second, for 120 s, of long outputs: two to three times what one engine carries here."""
 
 
 async def _bench(places, url, *, rate, requests, output):

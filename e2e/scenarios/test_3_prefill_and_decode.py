@@ -7,6 +7,7 @@ import random
 import time
 
 import aiohttp
+import pytest
 
 from harness.kube import pod_ready, scrape, total, wait_for
 from harness.tiers import disaggregated
@@ -81,6 +82,7 @@ async def test_decode_gets_its_prompts_from_prefill_and_the_pools_scale_apart(pr
     )
 
 
+@pytest.mark.continues
 async def test_a_prefill_engine_that_goes_gives_up_its_kv_first(product, kube, figures):
     kube.apply(disaggregated("split", prefill=(2, 2), decode=(1, 1)))
     kube.wait_ready("split", seconds=300)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 
+import pytest
+
 from harness.kube import pod_ready, wait_for
 from harness.tiers import tier
 from harness.traffic import Traffic
 
 STREAMS = 50
+BATCHES = 8, 6
+"""Largest batch before the change and after it."""
 
 
 async def test_a_rollout_without_a_free_accelerator_breaks_no_stream(product, kube, cluster, figures):
     cluster.set_accelerators(2)
-    kube.apply(tier("chat", replicas=(2, 2)))
+    kube.apply(tier("chat", replicas=(2, 2), batch=BATCHES[0]))
     kube.wait_ready("chat", seconds=300)
     wait_for("two engines", 240, lambda: sum(pod_ready(pod) for pod in kube.engines("chat")) == 2)
     old = {pod["metadata"]["uid"] for pod in kube.engines("chat")}
@@ -34,7 +38,7 @@ async def test_a_rollout_without_a_free_accelerator_breaks_no_stream(product, ku
     async with traffic.running():
         await asyncio.sleep(5)
         begun = time.monotonic()
-        kube.patch("servingtier", "chat", {"spec": {"pool": {"engine": {"maxNumSeqs": 6}}}})
+        kube.patch("servingtier", "chat", {"spec": {"pool": {"engine": {"maxNumSeqs": BATCHES[1]}}}})
         took = await asyncio.to_thread(wait_for, "all engines replaced", 420, rolled)
         during = time.monotonic() - begun
         # Enough streams to say something, over the change and a little after.
@@ -50,12 +54,13 @@ async def test_a_rollout_without_a_free_accelerator_breaks_no_stream(product, ku
     assert most <= 2
 
 
+@pytest.mark.continues
 async def test_engines_that_die_on_their_first_request_take_no_traffic(
     product, kube, cluster, dying_engine, figures
 ):
     """Their /health says 200 all the same: without a first completion each start would cost a user an answer."""
     cluster.set_accelerators(2)
-    kube.apply(tier("chat", replicas=(2, 2)))
+    kube.apply(tier("chat", replicas=(2, 2), batch=BATCHES[1]))
     kube.wait_ready("chat", seconds=300)
     wait_for("two engines", 240, lambda: sum(pod_ready(pod) for pod in kube.engines("chat")) == 2)
     old = {pod["metadata"]["uid"] for pod in kube.engines("chat")}

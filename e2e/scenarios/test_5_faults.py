@@ -72,7 +72,7 @@ async def test_serving_goes_on_and_nothing_shrinks_while_parts_are_away(
         # Prometheus goes; the bound is lifted while nothing can be seen: only proof of idleness may shrink.
         await asyncio.to_thread(with_prometheus.stop)
         kube.patch("servingtier", "chat", {"spec": {"pool": {"scaling": {"minReplicas": 1}}}})
-        await asyncio.sleep(45)
+        await asyncio.sleep(30)
         assert _ready(kube, "chat") == 2
         kube.patch("servingtier", "chat", {"spec": {"pool": {"scaling": {"minReplicas": 2}}}})
         await asyncio.to_thread(with_prometheus.start)
@@ -122,7 +122,7 @@ async def test_serving_goes_on_and_nothing_shrinks_while_parts_are_away(
 
 
 async def test_one_of_two_prefill_engines_is_killed(product, kube, figures):
-    kube.apply(disaggregated("split", prefill=(2, 2), decode=(1, 1), cpu_limit="500m"))
+    kube.apply(disaggregated("split", prefill=(2, 2), decode=(1, 1)))
     kube.wait_ready("split", seconds=300)
     wait_for("two prefill engines", 300, lambda: _ready(kube, "split", "prefill") == 2)
     traffic = Traffic(

@@ -18,8 +18,9 @@ def _replicas(kube, tier_name):
 
 
 async def test_recommend_shows_and_does_not_act_and_external_leaves_replicas_to_others(
-    product, kube, figures
+    product, kube, cluster, figures
 ):
+    cluster.set_accelerators(2)
     kube.apply(
         tier(
             "watched", replicas=(1, 3), batch=1, scaling={"maxWaitingPerReplica": 1}, scaling_mode="Recommend"
@@ -27,7 +28,7 @@ async def test_recommend_shows_and_does_not_act_and_external_leaves_replicas_to_
         tier("foreign", replicas=(1, 3), scaling_mode="External"),
     )
     kube.wait_ready("watched", "foreign", seconds=300)
-    traffic = Traffic(kube.service_url("watched"), rate=6, prompt_tokens=48, output_tokens=96, seed=61)
+    traffic = Traffic(kube.service_url("watched"), rate=6, prompt_tokens=48, output_tokens=400, seed=61)
 
     def wanted():
         pools = kube.get("servingtier", "watched").get("status", {}).get("pools", [])
@@ -39,7 +40,8 @@ async def test_recommend_shows_and_does_not_act_and_external_leaves_replicas_to_
         traffic.rate = 0
     assert _replicas(kube, "watched") == 1
 
-    # Somebody else scales the other tier, as an HPA does, and the operator does not fight.
+    # Somebody else scales the other tier, as an HPA does, and the operator does not fight (the second engine finds no
+    # accelerator, which is nothing to this).
     kube.run("scale", "deployment/foreign-pool", "--replicas=2")
     await asyncio.sleep(30)
     assert _replicas(kube, "foreign") == 2
@@ -95,22 +97,28 @@ async def test_urgent_requests_go_first_and_what_is_too_much_is_turned_away(prod
     rng = random.Random(63)
     (pod,) = kube.engines("ranked")
 
+    async def waiting_and_running():
+        page = await asyncio.to_thread(scrape, f"{kube.pod_url(pod)}/metrics")
+        return total(page, "vllm:num_requests_waiting"), total(page, "vllm:num_requests_running")
+
     async def served(session):
         """Return ranks and statuses in order of completion, and whether all the others waited behind the first."""
         order, all_waited = [], False
 
-        async def one(rank, delay):
-            await asyncio.sleep(delay)
-            tokens = 900 if delay == 0 else 48
+        async def one(rank, tokens):
             answer = await ask(session, url, tokens=tokens, text=prompt(16, rng), priority=rank)
             order.append((rank, answer.status))
 
         # The first takes the one place in the batch; the others queue and are served by rank, not by arrival.
-        tasks = [asyncio.create_task(one(rank, 0.05 * n)) for n, rank in enumerate([0, 9, 5, -3])]
+        tasks = [asyncio.create_task(one(0, 900))]
+        while not tasks[0].done() and await waiting_and_running() != (0, 1):
+            pass
+        for rank in (9, 5, -3):
+            tasks.append(asyncio.create_task(one(rank, 48)))
+            await asyncio.sleep(0.05)
         while not tasks[0].done():
-            page = await asyncio.to_thread(scrape, f"{kube.pod_url(pod)}/metrics")
-            all_waited |= total(page, "vllm:num_requests_waiting") == 3
-            await asyncio.sleep(0.1)
+            all_waited |= await waiting_and_running() == (3, 1)
+            await asyncio.sleep(0.05)
         await asyncio.gather(*tasks)
         return order, all_waited
 

@@ -6,6 +6,7 @@ import asyncio
 import random
 
 import aiohttp
+import pytest
 
 from harness.kube import wait_for
 from harness.tiers import tier
@@ -38,6 +39,7 @@ async def test_an_upgrade_from_the_version_before_restarts_nothing(product, prev
     assert kube.condition("chat", "Ready")["status"] == "True"
 
 
+@pytest.mark.continues
 async def test_an_upgrade_restarts_no_engine_and_tiers_outlive_the_operator(product, kube, figures):
     kube.apply(tier("chat", replicas=(1, 2)))
     kube.wait_ready("chat", seconds=300)
