@@ -43,8 +43,8 @@ def page(results: dict[str, Any]) -> str:
             f" {engine['max_num_seqs']}`, `--max-num-batched-tokens {engine['max_num_batched_tokens']}`, blocks of"
             f" {engine['block_size']}. `servingtiers bench` replayed {trace['seconds']:.0f} s of {trace['name']} from"
             f" {trace['from']} s on, lengths × {trace['lengthScale']} (mean {results['lengths']['prompt']} prompt and"
-            f" {results['lengths']['output']} output tokens), at shares of the {results['capacity']} requests/s that the simulator"
-            f" says one engine sustains. Network, HTTP and client cost {results['overheadMs']} ms a request in the"
+            f" {results['lengths']['output']} output tokens), at shares of what the simulator says the engines sustain,"
+            f" {results['capacity']} requests/s each. Network, HTTP and client cost {results['overheadMs']} ms a request in the"
             " profile (a request after a pause, the median); the simulator adds that before each request, and nothing else. The router takes two engines in turn."
         ),
         "",
@@ -116,10 +116,9 @@ def page(results: dict[str, Any]) -> str:
             f" late at the 99th percentile, though it never took more than {max(busy):.0%} of a core. Latencies begin when a request"
             " left, and the simulator is given those moments."
         ),
-        "A client that leaves late by hundreds of milliseconds also reads late: what such a point shows is the client's wait for a",
-        "processor, not the engine. With one engine the client kept up. With two engines, the router and the other jobs of this",
-        "machine it did not, so the second table is no verdict on the simulator; it is published as it came out, and wants a",
-        "machine with more than two cores.",
+        "A client that leaves late by hundreds of milliseconds also reads late: such a point shows the client's wait for a",
+        "processor, not the engine. Two engines with router and client need more than two cores at loads that one engine and",
+        "client carry, so their load points are lower ones: what a full pair does wants a larger machine.",
         "How the step model does on GPUs is in",
         "[the performance model](performance-model.md).",
         "",
