@@ -3,15 +3,17 @@
 The claim is judged on every dense row of vLLM whose precision is recorded as bf16 or fp8 and that is not saturated;
 every row that is left out is listed with its reason. No number is fitted to these points. What was *chosen* after errors
 on them had been seen is shown by variants without it: the lengths as the client draws them, the host's time between
-steps, and how fast an FP8 KV cache is read. Asynchronous scheduling belongs there, too; it is what the published settings
+steps, piecewise CUDA graphs on Hopper, and how fast an FP8 KV cache is read. Asynchronous scheduling belongs there, too; it is what the published settings
 say and cannot be switched off. The published settings name an FP8 KV cache. On Blackwell it is taken as the tables have
 it. On Hopper the engines of these rows (the published image is vLLM 0.10.2) read it no faster than 16 bits: the tile sizes
 that changed that for heads of 128 came later (vllm-project/flash-attention, pull request 96), so it is timed as 16 bits.
-Each choice has a published reason (the README beside the data; for the host's time BLIS), but nobody would have looked for
-one had the errors been small.
+That version replays piecewise graphs unless told otherwise, as InferenceX does on B200 only; what that costs is as vLLM's
+authors measured it apart from everything else. Each choice has a published reason (the README beside the data; for the
+host's time BLIS), but nobody would have looked for one had the errors been small.
 
 What was tried and not taken stands beside it: how long a request is under way besides the engine's steps, as measured by
-others than InferenceX. The two sources differ by a factor of two, and the rows of H100 get worse by either.
+others than InferenceX or by this project with vLLM on CPU, and what piecewise graphs cost where the model is so small that
+the host sets the pace. The sources differ by factors of two.
 
 Run: python tests/bench/bench_inferencex.py [--rows]
 """
@@ -30,6 +32,7 @@ from pathlib import Path
 from servingtiers.catalog.accelerators import accelerator
 from servingtiers.catalog.models import model
 from servingtiers.catalog.names import CatalogError
+from servingtiers.performance.host import PIECEWISE_LAYER_MS
 from servingtiers.performance.planner import FRONT_END_MS
 from servingtiers.performance.prediction import Replica, predict
 from servingtiers.performance.workload import Workload
@@ -54,6 +57,8 @@ class Variant:
     """Systems on which the FP8 KV cache of the published settings is read faster than 16 bits."""
     front_end_ms: float = FRONT_END_MS
     """From a request's arrival to the scheduler, ms."""
+    piecewise_layer_ms: float = PIECEWISE_LAYER_MS
+    """What a decode step takes longer for each layer where the published settings leave piecewise graphs on, ms."""
 
 
 VARIANTS = (
@@ -61,12 +66,20 @@ VARIANTS = (
     Variant("with nominal lengths", drawn=False),
     Variant("without the host's time", host=False),
     Variant("with neither", drawn=False, host=False),
+    Variant("with full graphs everywhere", piecewise_layer_ms=0.0),
     Variant("with the KV cache read as 16 bits everywhere", fast_fp8_kv=frozenset()),
     Variant(
         "with it read as FP8 by today's kernels everywhere",
         fast_fp8_kv=frozenset({"b200_sxm", "h100_sxm", "h200_sxm"}),
     ),
 )
+PIECEWISE_SYSTEMS = frozenset({"h100_sxm", "h200_sxm"})
+"""Systems on which InferenceX left vLLM 0.10.2 its piecewise graphs; on B200 it asks for full ones."""
+SMALL_MODEL_LAYER_MS = 0.015
+"""What piecewise graphs cost for each layer of a model of 1.5 billion parameters, the least of what its authors published
+for full ones (pull request 20059: a gap between tokens of 5.39 against 4.97 ms, 28 layers)."""
+OWN_REQUEST_MS = 6.4
+"""Time of a request beside its step with vLLM 0.32 on two cores, measured by this project (`e2e/fidelity/profile.csv`)."""
 SHORT_PROMPT = 100.0
 """Prompt tokens of the shortest rows of Dynamo's profiles, where the engine's step is the smaller part of a first token."""
 BLIS_REQUEST_MS = 15.563
@@ -100,6 +113,14 @@ def protocol_known(row: dict[str, str]) -> bool:
     return row["silicon_data_source"].startswith(("source_file=2026-04-06", "db-dump"))
 
 
+def piecewise(row: dict[str, str]) -> bool:
+    """Whether the row's engine replays piecewise CUDA graphs to decode: the published image without the setting.
+
+    The rows that were run with it are those whose version is not recorded.
+    """
+    return protocol_known(row) and not row["backend_version"] and row["system"] in PIECEWISE_SYSTEMS
+
+
 def replica_of(row: dict[str, str], variant: Variant | None = None) -> Replica:
     """The engine of a row; without a variant as it is judged whether the row is saturated.
 
@@ -118,6 +139,7 @@ def replica_of(row: dict[str, str], variant: Variant | None = None) -> Replica:
         ),
         max_num_batched_tokens=8192,
         host_time=variant is None or variant.host,
+        piecewise_layer_ms=variant.piecewise_layer_ms if variant is not None and piecewise(row) else 0.0,
     )
 
 
@@ -224,15 +246,25 @@ def inferencex(*, list_rows: bool, short_prompt_ms: float) -> bool:
         members = [p for p in points if p.group == "dense"]
         print(line(variant.name, members))
         print(line("    of these with published settings", [p for p in members if "not pub" not in p.gpu]))
-    print("\ntried and not taken: a longer way of a request to the scheduler")
+    print(
+        "\ntried and not taken: a longer way of a request to the scheduler, piecewise graphs that cost more"
+    )
     print(head)
-    for name, front_end_ms in (
-        (f"{short_prompt_ms:.1f} ms, from Dynamo's prompts of {SHORT_PROMPT:g} tokens", short_prompt_ms),
-        (f"{BLIS_REQUEST_MS:.1f} ms, as BLIS has it", BLIS_REQUEST_MS),
+    for variant in (
+        Variant(f"{OWN_REQUEST_MS:.1f} ms, from our profile of vLLM on CPU", front_end_ms=OWN_REQUEST_MS),
+        Variant(
+            f"{short_prompt_ms:.1f} ms, from Dynamo's prompts of {SHORT_PROMPT:g} tokens",
+            front_end_ms=short_prompt_ms,
+        ),
+        Variant(f"{BLIS_REQUEST_MS:.1f} ms, as BLIS has it", front_end_ms=BLIS_REQUEST_MS),
+        Variant(
+            f"piecewise graphs at {1e3 * SMALL_MODEL_LAYER_MS:.0f} us a layer, from a small model",
+            piecewise_layer_ms=SMALL_MODEL_LAYER_MS,
+        ),
     ):
-        points = [evaluate(row, Variant(name, front_end_ms=front_end_ms)) for row in kept]
+        points = [evaluate(row, variant) for row in kept]
         members = [p for p in points if p.group == "dense"]
-        print(line(name, members))
+        print(line(variant.name, members))
         print(line("    of these with published settings", [p for p in members if "not pub" not in p.gpu]))
         for gpu in sorted({p.gpu for p in members}):
             print(line(f"        {gpu}", [p for p in members if p.gpu == gpu]))

@@ -63,6 +63,19 @@ def test_a_closed_loop_run_counts_its_start_as_benchmarks_do() -> None:
     assert counted["ttftMs"]["p99"] > 1.5 * steady["ttftMs"]["p99"]
 
 
+def test_piecewise_graphs_cost_every_decode_step_a_time_for_each_layer(tmp_path) -> None:
+    """As a flag and as a column; 32 layers at 10 us."""
+    path = tmp_path / "rows.csv"
+    path.write_text("concurrency,piecewise_graphs\n1,true\n1,no\n", encoding="utf-8")
+
+    full = predict("--concurrency", "1")
+    piecewise = predict("--concurrency", "1", "--piecewise-graphs")
+    rows = CliRunner().invoke(main, [*BASE, "--batch", str(path), *QUICK])
+
+    assert piecewise["tpotMs"]["mean"] - full["tpotMs"]["mean"] == pytest.approx(0.32, abs=0.005)
+    assert [json.loads(row) for row in rows.stdout.splitlines()] == [piecewise, full]
+
+
 def test_prefix_hits_and_quantized_weights_help() -> None:
     """Cached prompts shorten TTFT; FP8 weights shorten TPOT."""
     plain = predict("--rate", "5", "--prompt-tokens", "2000")

@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from servingtiers.catalog.accelerators import accelerator
 from servingtiers.catalog.models import model
 from servingtiers.performance.confirmation import confirm, simulate_choice
-from servingtiers.performance.host import HOST_STEP_MS, with_host_time
+from servingtiers.performance.host import (
+    HOST_STEP_MS,
+    PIECEWISE_LAYER_MS,
+    with_host_time,
+    with_piecewise_graphs,
+)
 from servingtiers.performance.planner import (
     Constraints,
     Demand,
@@ -202,6 +207,21 @@ def test_host_time_is_added_to_tables_and_not_to_measured_profiles() -> None:
         table.step_ms(512, 0, 8, 4000) + HOST_STEP_MS
     )
     assert with_host_time(profile) is profile
+
+
+def test_piecewise_graphs_lengthen_decode_steps_of_tables_alone() -> None:
+    """Steps with prompts run piecewise or without a graph either way; a profile has what its engine did."""
+    from dataclasses import replace
+
+    table = step_model(LLAMA, H100)
+    profile = replace(table, source=StepSource(SourceKind.PROFILE, "mine", 5.0))
+    piecewise = with_piecewise_graphs(table, LLAMA.layers, PIECEWISE_LAYER_MS)
+
+    assert piecewise.step_ms(0, 0, 8, 4000) == pytest.approx(
+        table.step_ms(0, 0, 8, 4000) + LLAMA.layers * 0.01
+    )
+    assert piecewise.step_ms(512, 0, 8, 4000) == pytest.approx(table.step_ms(512, 0, 8, 4000))
+    assert with_piecewise_graphs(profile, LLAMA.layers, PIECEWISE_LAYER_MS) is profile
 
 
 @pytest.mark.parametrize(

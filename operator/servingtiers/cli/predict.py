@@ -22,7 +22,7 @@ _WHOLE = {"tensor_parallel", "max_num_seqs", "max_num_batched_tokens", "max_mode
 _REAL = {"rate", "prompt_tokens", "output_tokens", "prefix_hit_rate", "length_cv"}
 _WHOLE |= {"speculative_tokens", "requests", "seed"}
 _REAL |= {"acceptance", "draft_cost"}
-_SWITCH = {"steady"}
+_SWITCH = {"steady", "piecewise_graphs"}
 _ON, _OFF = {"1", "true", "yes"}, {"0", "false", "no"}
 
 
@@ -58,6 +58,11 @@ _ON, _OFF = {"1", "true", "yes"}, {"0", "false", "no"}
 )
 @click.option(
     "--draft-cost", type=float, default=0.0, show_default=True, help="A draft token's cost in decode steps."
+)
+@click.option(
+    "--piecewise-graphs",
+    is_flag=True,
+    help="Decode steps run as piecewise CUDA graphs: vLLM before 0.11, or cudagraph_mode PIECEWISE.",
 )
 @click.option(
     "--profile",
@@ -103,6 +108,7 @@ def _predict(values: dict[str, Any]) -> Prediction:
     # numba and numpy come in here: --help and wrong flags need not wait for them.
     from servingtiers.catalog.accelerators import accelerator
     from servingtiers.catalog.models import model
+    from servingtiers.performance.host import PIECEWISE_LAYER_MS
     from servingtiers.performance.prediction import Replica, predict
     from servingtiers.performance.profile import load_profile
     from servingtiers.performance.speculation import Speculation
@@ -143,6 +149,7 @@ def _predict(values: dict[str, Any]) -> Prediction:
         max_num_batched_tokens=values.get("max_num_batched_tokens"),
         profile=load_profile(values["profile"]) if values.get("profile") else None,
         speculation=speculation,
+        piecewise_layer_ms=PIECEWISE_LAYER_MS if values["piecewise_graphs"] else 0.0,
     )
     return predict(
         replica, workload, requests=values["requests"], seed=values["seed"], steady=values["steady"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from servingtiers.performance.engine_sim import EngineConfig, PoolConfig, Result, simulate, sustainable_rate
-from servingtiers.performance.host import with_host_time
+from servingtiers.performance.host import with_host_time, with_piecewise_graphs
 from servingtiers.performance.planner import FRONT_END_MS, default_limits
 from servingtiers.performance.select import step_model
 
@@ -43,6 +43,9 @@ class Replica:
     speculation: Speculation | None = None
     host_time: bool = True
     """False leaves out the host's time between steps: only to show what it is worth."""
+    piecewise_layer_ms: float = 0.0
+    """What a decode step takes longer for each layer, ms: ``PIECEWISE_LAYER_MS`` with piecewise CUDA graphs (vLLM's
+    default before 0.11), 0 with full ones."""
 
     def step_model(self) -> GridStepModel:
         """Its step model, from the best source there is."""
@@ -55,6 +58,8 @@ class Replica:
             profile=self.profile,
             speculation=self.speculation,
         )
+        if self.piecewise_layer_ms:
+            found = with_piecewise_graphs(found, self.model.layers, self.piecewise_layer_ms)
         return with_host_time(found) if self.host_time else found
 
     def engine(self) -> EngineConfig:
