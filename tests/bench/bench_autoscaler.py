@@ -306,8 +306,12 @@ def _llmd(job: Job) -> dict[str, Any]:
     return {"llmd": found}
 
 
-_MIXES = {"prompt-heavy": (4000.0, 80.0, 24.0), "decode-heavy": (400.0, 500.0, 40.0)}
-"""Mean prompt and output tokens, requests per second; enough of them that one engine is a small part of a ratio."""
+_MIXES = {"prompt-heavy": (4000.0, 80.0, 48.0), "decode-heavy": (400.0, 500.0, 80.0)}
+"""Mean prompt and output tokens, requests per second."""
+_PD_HALF = "p/d mixes, half"
+"""The same at half the rate, where the best prefill pool of the decode-heavy mix is one engine: shown, not judged."""
+PD_SEEDS = range(6)
+"""Whether the best fixed ratio has 2 or 3 prefill engines hangs on the speed of one of them: ratios are means over seeds."""
 _PHASE = 1800.0
 """Seconds of each mix; the shifting mix is one after the other."""
 _PD_START_UP = Delay(30.0)
@@ -316,7 +320,7 @@ _PD_START_UP = Delay(30.0)
 def _pd_tier(*, split: bool) -> dict[str, Any]:
     document = _tier("Balanced", _8B, "a100-sxm-80gb", 1, "2s", "50ms")
     pool = document["spec"]["pool"]
-    pool["scaling"] = {"minReplicas": 1, "maxReplicas": 32}
+    pool["scaling"] = {"minReplicas": 1, "maxReplicas": 48}
     if split:
         del document["spec"]["pool"]
         document["spec"]["disaggregation"] = {"prefill": pool, "decode": pool}
@@ -328,9 +332,9 @@ def _pd_scenario(trace: Trace, *, split: bool) -> Scenario:
     return Scenario((plan,), start_up=_PD_START_UP)
 
 
-def _mix(name: str, seed: int) -> Trace:
+def _mix(name: str, seed: int, share: float = 1.0) -> Trace:
     prompt, output, rate = _MIXES[name]
-    return load_trace(f"step:{rate}:{rate}:{_PHASE}", seed=seed, prompt=prompt, output=output)
+    return load_trace(f"step:{share * rate}:{share * rate}:{_PHASE}", seed=seed, prompt=prompt, output=output)
 
 
 def _joined(first: Trace, second: Trace) -> Trace:
@@ -353,55 +357,50 @@ def _fixed(place: Scenario, seed: int, *counts: int) -> dict[str, float]:
     return {"violations": found.violations, "gpuHours": found.gpu_hours}
 
 
-def _splits(place: Scenario, seed: int, total: int) -> dict[str, float]:
-    """Return the violations of every division of so many engines into prefill and decode."""
+def _splits(place: Scenario, seed: int, prefill: int, decode: int) -> dict[str, float]:
+    """Return the violations of divisions of so many engines, those around a given one and half and half."""
+    total = prefill + decode
+    near = {total // 2, *range(max(prefill - 3, 1), min(prefill + 4, total))}
     return {
-        f"{prefill}:{total - prefill}": _fixed(place, seed, prefill, total - prefill)["violations"]
-        for prefill in range(1, total)
+        f"{each}:{total - each}": _fixed(place, seed, each, total - each)["violations"]
+        for each in sorted(near)
     }
 
 
 def _pd(job: Job) -> dict[str, Any]:
-    """Compare with the same engines aggregated and with fixed ratios, for each mix and for a shift between them."""
+    """Compare with fixed ratios, for each mix and for a shift between them; the first seed with aggregated fleets, too."""
     seed = job.cell.seed
-    parts = {name: _mix(name, seed) for name in _MIXES}
+    parts = {name: _mix(name, seed, 0.5 if job.policy == _PD_HALF else 1.0) for name in _MIXES}
     mixes: dict[str, Any] = {}
     for name, trace in parts.items():
         apart, together = (_pd_scenario(trace, split=split) for split in (True, False))
         best = static_optimal(apart, seed)
         prefill, decode = (best.replicas["default/study", pool] for pool in ("prefill", "decode"))
-        total = prefill + decode
-        least = static_optimal(together, seed)
         mixes[name] = {
             "prefill": prefill,
             "decode": decode,
             "level": best.level,
-            "splits": _splits(apart, seed, total),
-            "aggregated": least.total,
-            "aggregatedAtSame": _fixed(together, seed, total)["violations"],
+            "splits": _splits(apart, seed, prefill, decode),
         }
+        if seed == 0:
+            mixes[name]["aggregated"] = static_optimal(together, seed).total
+            mixes[name]["aggregatedAtSame"] = _fixed(together, seed, prefill + decode)["violations"]
     shifting = _joined(*parts.values())
     apart, together = (_pd_scenario(shifting, split=split) for split in (True, False))
-    whole = static_optimal(apart, seed)
-    pair = tuple(whole.replicas["default/study", pool] for pool in ("prefill", "decode"))
-    runs = {
-        f"fixed {pair[0]}:{pair[1]}, the least that keeps both phases": _fixed(apart, seed, *pair),
-        **{
-            f"fixed {each['prefill']}:{each['decode']}, best for the {name} phase": _fixed(
-                apart, seed, each["prefill"], each["decode"]
-            )
-            for name, each in mixes.items()
-        },
-    }
-    least = static_optimal(together, seed).total
-    runs[f"aggregated, fixed {least}"] = _fixed(together, seed, least)
     result = run(apart, make_policy(OURS, apart), seed)
-    for label, made in (
-        (f"{OURS}, P/D", result),
-        (f"{OURS}, aggregated", run(together, make_policy(OURS, together), seed)),
-    ):
-        figures = score(made)
-        runs[label] = {"violations": figures.violations, "gpuHours": figures.gpu_hours}
+    figures = score(result)
+    runs = {f"{OURS}, P/D": {"violations": figures.violations, "gpuHours": figures.gpu_hours}}
+    if seed == 0:
+        whole = static_optimal(apart, seed)
+        pair = tuple(whole.replicas["default/study", pool] for pool in ("prefill", "decode"))
+        runs[f"fixed {pair[0]}:{pair[1]}, the least that keeps both phases"] = _fixed(apart, seed, *pair)
+        for name, each in mixes.items():
+            counts = each["prefill"], each["decode"]
+            runs[f"fixed {counts[0]}:{counts[1]}, best for the {name} phase"] = _fixed(apart, seed, *counts)
+        least = static_optimal(together, seed).total
+        runs[f"aggregated, fixed {least}"] = _fixed(together, seed, least)
+        figures = score(run(together, make_policy(OURS, together), seed))
+        runs[f"{OURS}, aggregated"] = {"violations": figures.violations, "gpuHours": figures.gpu_hours}
     prefill_pool, decode_pool = result.tiers[0].pools
     phases = {}
     for index, name in enumerate(_MIXES):
@@ -534,6 +533,7 @@ _LENDING_JOB = "lending: "
 SPECIAL: dict[str, Callable[[Job], dict[str, Any]]] = {
     "llm-d step": _llmd,
     "p/d mixes": _pd,
+    _PD_HALF: _pd,
     "speed": _speed,
     **{_LENDING_JOB + name: _lending for name in LENDING},
 }
@@ -559,6 +559,9 @@ def jobs(*, full: bool, seeds: int) -> Iterator[Job]:
             yield Job(cell, policy)
     for special in SPECIAL:
         yield Job(anywhere, special)
+    for special in ("p/d mixes", _PD_HALF):
+        for seed in PD_SEEDS[1:]:
+            yield Job(replace(anywhere, seed=seed), special)
     for load in () if full else ("sawtooth", "step", "spike"):  # the full base has them
         yield Job(Cell(load, 130.0), OURS)
     for kind in FaultKind:
@@ -876,8 +879,8 @@ def _robust(results: Results, cells: Sequence[Cell]) -> Line:
     )
 
 
-def _special(results: Results, name: str) -> dict[str, Any] | None:
-    return results.of(Cell("conv-8b", 130.0), name)
+def _special(results: Results, name: str, seed: int = 0) -> dict[str, Any] | None:
+    return results.of(Cell("conv-8b", 130.0, seed=seed), name)
 
 
 def _llmd_line(results: Results) -> Line:
@@ -941,40 +944,62 @@ def _lending_line(results: Results) -> Line:
     )
 
 
-def _share(prefill: float, decode: float) -> float:
-    return prefill / (prefill + decode)
-
-
 def _pd_line(results: Results) -> Line:
-    name = "P/D: prefill's share of the engines within 10 % of the best fixed one in each phase of a shifting mix"
-    record = _special(results, "p/d mixes")
-    if record is None:
+    name = (
+        "P/D: engines for prefill per engine for decode within 10 % of the best fixed ones in each phase of a shifting mix,"
+        " means over seeds"
+    )
+    known = [found for seed in PD_SEEDS if (found := _special(results, "p/d mixes", seed))]
+    if not known or known[0] is not _special(results, "p/d mixes"):
         return Line(name, None, "not run")
     good, texts = True, []
-    for mix, fixed in record["pd"]["mixes"].items():
+    for mix, fixed in known[0]["pd"]["mixes"].items():
         total = fixed["prefill"] + fixed["decode"]
-        # Several divisions of the fewest engines may keep the level: each of them is a best one.
-        best = [
-            _share(*map(int, split.split(":")))
-            for split, missed_ in fixed["splits"].items()
-            if missed_ <= fixed["level"]
-        ]
-        ours = record["pd"]["ours"][mix]
-        share = _share(ours["prefill"], ours["decode"])
-        off = min((abs(share / each - 1) for each in best), default=math.inf)
-        good = good and off <= 0.10
         even = fixed["splits"].get(f"{total // 2}:{total - total // 2}", math.nan)
+        off, text = _pd_phase(known, mix)
+        good = good and off <= 0.10
         texts.append(
-            f"{mix}: best fixed {fixed['prefill']}P:{fixed['decode']}D; with these {total} engines 1:1 misses "
-            f"{100 * even:.1f} %, aggregated {100 * fixed['aggregatedAtSame']:.1f} % (aggregated needs "
-            f"{fixed['aggregated']}); ours in the shifting mix {ours['prefill']:.1f}P:{ours['decode']:.1f}D, share "
-            f"{100 * off:.0f} % off, {100 * ours['violations']:.2f} % missed"
+            f"{mix}: {text}; with the best {total} engines of the first seed 1:1 misses {100 * even:.1f} %, aggregated "
+            f"{100 * fixed['aggregatedAtSame']:.1f} % (aggregated needs {fixed['aggregated']})"
         )
+    half = [found for seed in PD_SEEDS if (found := _special(results, _PD_HALF, seed))]
+    if half:
+        texts.extend(f"{mix} at half the rate, not judged: {_pd_phase(half, mix)[1]}" for mix in _MIXES)
+    shifts = [found["pd"]["shifting"][f"{OURS}, P/D"] for found in known]
+    mean = {key: float(np.mean([each[key] for each in shifts])) for key in ("violations", "gpuHours")}
+    first = known[0]["pd"]["shifting"] | {f"{OURS}, P/D, mean of {len(known)} seeds": mean}
     texts.extend(
         f"shifting mix, {label}: {100 * each['violations']:.2f} % missed, {each['gpuHours']:.2f} GPU-hours"
-        for label, each in record["pd"]["shifting"].items()
+        for label, each in first.items()
     )
-    return Line(name, good, "\n      ".join(texts))
+    return Line(name, good if len(known) == len(PD_SEEDS) else None, "\n      ".join(texts))
+
+
+def _pd_phase(records: Sequence[dict[str, Any]], mix: str) -> tuple[float, str]:
+    """Return by how much the ratio of one phase is off the best fixed one, and that in words."""
+    ours = [record["pd"]["ours"][mix] for record in records]
+    ratio = sum(each["prefill"] for each in ours) / sum(each["decode"] for each in ours)
+    best = []
+    for record, mine in zip(records, ours, strict=True):
+        fixed = record["pd"]["mixes"][mix]
+        # Several divisions of the fewest engines may keep the level: each of them is a best one.
+        kept = [
+            tuple(map(int, split.split(":")))
+            for split, missed_ in fixed["splits"].items()
+            if missed_ <= fixed["level"]
+        ] or [(fixed["prefill"], fixed["decode"])]
+        best.append(min(kept, key=lambda pair: abs(pair[0] / pair[1] - mine["prefill"] / mine["decode"])))
+    goal = sum(pair[0] for pair in best) / sum(pair[1] for pair in best)
+    off = abs(ratio / goal - 1.0)
+    worst = max(each["violations"] for each in ours)
+    fleets = ", ".join(
+        f"{mine['prefill']:.1f}:{mine['decode']:.1f} ({pair[0]}:{pair[1]})"
+        for mine, pair in zip(ours, best, strict=True)
+    )
+    return off, (
+        f"{ratio:.2f} where {goal:.2f} is best, {100 * off:.0f} % off (ours and best fixed by seed: {fleets}), "
+        f"{100 * float(np.mean([each['violations'] for each in ours])):.2f} % missed, {100 * worst:.2f} % at worst"
+    )
 
 
 def _calm(results: Results) -> Line:

@@ -55,6 +55,44 @@ def test_the_true_quantile_lies_within_the_interval(values, bounds, q):
 
 
 @given(observations, edges, st.floats(0.0, 3.0))
+def test_a_tail_is_within_what_the_buckets_allow_and_falls(values, bounds, threshold):
+    histogram = made(bounds, values)
+    least, most = histogram.count_at_most(threshold)
+    beyond = histogram.tail_beyond(threshold)
+    assert histogram.total - most - 1e-9 <= beyond <= histogram.total - least + 1e-9
+    assert histogram.tail_beyond(threshold + 0.1) <= beyond + 1e-9
+
+
+@given(observations, edges, st.floats(0.0, 0.999))
+def test_a_quantile_of_a_tail_is_within_its_bucket_and_leaves_no_more_beyond_it(values, bounds, q):
+    histogram = made(bounds, values)
+    found, interval = histogram.tail_quantile(q), histogram.quantile(q)
+    assert interval.low <= found <= max(interval.high, interval.estimate)
+    if math.isfinite(interval.high):
+        assert histogram.tail_beyond(found) <= (1.0 - q) * histogram.total + 1e-6
+
+
+def test_of_a_wait_most_of_a_bucket_lies_at_its_beginning():
+    """40 of 1,000 wait for a second or more, 1 for 2.5 s or more: 40 × (1/40)^(2/3) for 2 s or more."""
+    waits = Histogram((1.0, 2.5, math.inf), (960.0, 999.0, 1000.0), 300.0)
+    assert waits.tail_beyond(2.0) == pytest.approx(40 * (1 / 40) ** (2 / 3))
+    assert waits.total - waits.likely_at_most(2.0) == pytest.approx(14.0)
+    assert waits.tail_quantile(0.99) == pytest.approx(1.0 + 1.5 * math.log(4) / math.log(40))
+    assert waits.quantile(0.99).estimate == pytest.approx(2.153, abs=1e-3)
+    assert waits.tail_beyond(2.5) == 1.0
+    assert waits.tail_beyond(9.0) == 1.0
+    assert waits.tail_quantile(0.9999) == 2.5
+
+
+def test_nobody_seen_beyond_a_bucket_is_less_than_one():
+    waits = Histogram((1.0, 2.5, math.inf), (990.0, 1000.0, 1000.0), 300.0)
+    assert waits.tail_beyond(2.0) == pytest.approx(10 * (0.5 / 10) ** (2 / 3))
+    assert waits.tail_beyond(2.5) == 0.0
+    assert made(BOUNDS, []).tail_beyond(1.0) == 0.0
+    assert made(BOUNDS, []).tail_quantile(0.99) is None
+
+
+@given(observations, edges, st.floats(0.0, 3.0))
 def test_the_true_count_within_a_threshold_lies_between_least_and_most(values, bounds, threshold):
     histogram = made(bounds, values)
     least, most = histogram.count_at_most(threshold)

@@ -766,6 +766,41 @@ def test_requests_that_wait_for_their_kv_cache_call_for_no_decode_engine():
     assert by_pool(observe(facts, both(calm, full), tier=Tier.LATENCY))["decode"].desired > 1
 
 
+def test_decode_engines_that_are_as_full_as_planned_call_for_no_other():
+    """A prefill engine answers several prompts at a time, and all of them wait for their KV cache for a moment."""
+    calm = load(2, running=9, ttft=QUICK_FIRST)
+    facts = phases(2, 2, max_num_seqs=100, curve=carries(8.0))
+    planned = load(2, running=150, waiting=4, kv_usage=Value(0.1), ttft=QUICK_FIRST)
+    assert by_pool(observe(facts, both(calm, planned), arrivals=12.0))["decode"].desired == 2
+    queue = replace(planned, running=Value(190), waiting=Value(60))
+    assert by_pool(observe(facts, both(calm, queue), arrivals=12.0))["decode"].binding is Binding.QUEUE
+
+
+def test_a_pool_that_has_started_no_engine_expects_the_start_up_of_the_other():
+    """Without it, it would look ahead two minutes and hold for five, beside engines that start in half a minute."""
+    calm = both(load(4, running=3), load(4, running=3, ttft=QUICK_FIRST))
+    (prefill, decode) = phases(4, 4, startup_seconds=None)
+    low = {"prefill": low_for(90.0), "decode": low_for(90.0)}
+    unknown = by_pool(observe((prefill, decode), calm, memory=low))
+    assert unknown["prefill"].desired == 4
+    assert "no start-up of an engine seen yet" in unknown["prefill"].reason
+    known = by_pool(observe((prefill, replace(decode, startup_seconds=30.0)), calm, memory=low))
+    assert known["prefill"].desired == 3
+    remembered = low | {"decode": low_for(90.0).model_copy(update={"startup_seconds": [30]})}
+    assert by_pool(observe((prefill, decode), calm, memory=remembered))["prefill"].desired == 3
+
+
+def test_a_tail_inside_a_wide_bucket_does_not_call_for_engines():
+    """3 % of first tokens took 1 to 2.5 s: of an even spread 1 % would have taken more than 2 s, of waits 0.2 %."""
+    goals = Targets({("ttft", "p99"): 2.0})
+    wide = Histogram((1.0, 2.5, math.inf), (970.0, 1000.0, 1000.0), 400.0)
+    calm = load(2, running=9, ttft=QUICK_FIRST)
+    seen = observe(phases(2, 2), both(load(2, running=9, ttft=wide), calm), targets=goals)
+    assert by_pool(seen)["prefill"].desired == 2
+    alone = one(observe(pool(2), load(2, running=9, ttft=wide), targets=goals))
+    assert "2s" in alone.signals["ttft.p99"]
+
+
 def test_prefill_engines_are_full_long_before_their_batch_is():
     """10 of 128 run: prompts fill the steps. Of the model's 8 requests/s they do 4."""
     facts = phases(2, 2, max_num_seqs=128, curve=carries(8.0))
@@ -1264,11 +1299,13 @@ def test_deciding_again_at_once_decides_the_same(observation):
         assert getattr(again.memory[after.pool], name) == getattr(first.memory[after.pool], name)
 
 
-def test_a_prefill_engine_alone_carries_what_it_carries():
-    """Its capacity is that of one engine whose requests wait; an aggregated one's leans on neighbours."""
+def test_one_engine_of_a_phase_leans_on_nobody():
+    """Of a prefill engine it is known what it carries alone, queue included, and a decode engine's own batch ends its rate."""
     quiet = {"prefill": low_for(LONG), "decode": low_for(LONG)}
     facts = phases(1, 1, max_num_seqs=128, curve=carries(10.0))
     calm = load(1, running=3, ttft=QUICK_FIRST)
-    decided = by_pool(observe(facts, both(calm, calm), arrivals=9.0, memory=quiet))
+    decided = by_pool(observe(facts, both(calm, calm), arrivals=8.0, memory=quiet))
     assert decided["prefill"].desired == 1
-    assert decided["decode"].desired == 2
+    assert decided["decode"].desired == 1
+    whole = pool(1, max_num_seqs=128, curve=carries(10.0))
+    assert one(observe(whole, calm, arrivals=8.0, memory=low_for(LONG))).desired == 2

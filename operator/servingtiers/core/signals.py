@@ -160,6 +160,44 @@ class Histogram:
             return below
         return below + (upto - below) * min(max((threshold - low) / (high - low), 0.0), 1.0)
 
+    def tail_beyond(self, threshold: float) -> float:
+        """Return how many observations are ``> threshold`` if their tail falls exponentially inside its bucket.
+
+        So waits in a queue are spread: of those beyond a second most are little beyond it, where an even spread over a
+        bucket of 1 to 2.5 s has as many beyond two.
+        """
+        index = bisect_left(self.bounds, threshold)
+        begin, end = self._tail(index)
+        low, high = (self.bounds[index - 1] if index else 0.0), self.bounds[index]
+        if math.isinf(high) or begin <= 0.0 or high <= low:
+            return begin
+        share = min(max((threshold - low) / (high - low), 0.0), 1.0)
+        return begin * (end / begin) ** share if share < 1.0 else self.total - self.counts[index]
+
+    def tail_quantile(self, q: float) -> float | None:
+        """Return the ``q`` quantile if the tail falls exponentially inside its bucket; None without observations.
+
+        It is that of :meth:`quantile` where that lies beyond the highest finite bound.
+        """
+        found = self.quantile(q)
+        if found is None or math.isinf(found.high):
+            return None if found is None else found.estimate
+        index = bisect_left(self.bounds, found.high)
+        begin, end = self._tail(index)
+        beyond = (1.0 - q) * self.total
+        if beyond <= end or begin <= end:
+            return found.high if beyond <= end else found.estimate
+        return found.low + (found.high - found.low) * math.log(begin / beyond) / math.log(begin / end)
+
+    def _tail(self, index: int) -> tuple[float, float]:
+        """Return the observations beyond the lower and beyond the upper bound of a bucket.
+
+        Where none lies beyond the upper one, as many do as would not be seen: half an observation, or half of the bucket.
+        """
+        begin = self.total - (self.counts[index - 1] if index else 0.0)
+        end = self.total - self.counts[index]
+        return begin, max(end, min(0.5, begin / 2.0))
+
     def bucket_around(self, threshold: float) -> tuple[float, float]:
         """Return the edges that the buckets know on either side of ``threshold``; twice itself where it is one."""
         index = bisect_left(self.bounds, threshold)

@@ -84,8 +84,10 @@ _AHEAD = 1.2
 """Start-ups of the slower kind over the median: how far the forecast looks, besides the readings' own delay."""
 _READING_SECONDS = 30.0
 """From a change of the load until a decision knows of it."""
-_ALONE = 0.35
-"""Capacity that a single engine wastes for want of neighbours to lean on; of ``n`` engines each wastes this / n."""
+_ALONE, _ALONE_PHASE = 0.35, 0.1
+"""Capacity that a single engine wastes for want of neighbours to lean on; of ``n`` engines each wastes this / n. Prefill and
+decode engines have hardly any use for them: of the one it is known what it carries alone, what ends the other's rate is its
+own batch. But one that is alone may be the slowest of those that were learned from."""
 _TOLERANCE = 0.05
 """A need that exceeds the pool by less starts no engine: load that wavers about a whole number must not flap."""
 _HYSTERESIS = 1.03
@@ -337,11 +339,8 @@ class _View:
 
     @property
     def alone_waste(self) -> float:
-        """Share of its capacity that a single engine wastes.
-
-        Of a prefill engine it is known what it carries alone: its queue is in its capacity, and in no other's.
-        """
-        return 0.0 if self.pool.role is PoolRole.PREFILL else _ALONE
+        """Share of its capacity that a single engine wastes."""
+        return _ALONE if self.pool.role is PoolRole.AGGREGATED else _ALONE_PHASE
 
     @property
     def drain_seconds(self) -> float:
@@ -489,7 +488,7 @@ class _View:
 def _decide_tier(obs: TierObservation, now: float) -> TierDecision:
     owned = {pool.name: pool for pool in obs.pools}
     obs = replace(obs, pools=tuple(_as_served(pool) for pool in obs.pools))
-    views = tuple(_learned(_view(obs, pool, now), now) for pool in obs.pools)
+    views = tuple(_learned(_view(obs, pool, now), now) for pool in _with_startups(obs))
     acting = acts(obs.spec.scaling.mode, suspended=obs.spec.suspend) and not obs.rivalled
     may_sleep = all(view.pool.scaling.min_replicas == 0 for view in views)
     if may_sleep and all(view.pool.replicas == 0 for view in views):
@@ -524,6 +523,20 @@ def _decide_tier(obs: TierObservation, now: float) -> TierDecision:
         for decision in sorted((decision for decision, _ in outcomes), key=order)
     )
     return TierDecision(obs.key, decisions, memory)
+
+
+def _with_startups(obs: TierObservation) -> tuple[PoolFacts, ...]:
+    """Return the pools of a tier; one that has started no engine yet expects the other's start-up.
+
+    It is the same model and image on a node of the same cluster: a better guess than any constant.
+    """
+    known = {pool.name: _startup(pool, obs.memory.get(pool.name, PoolMemory())) for pool in obs.pools}
+    seen = [seconds for seconds in known.values() if seconds is not None]
+    if not seen:
+        return obs.pools
+    return tuple(
+        replace(pool, startup_seconds=max(seen)) if known[pool.name] is None else pool for pool in obs.pools
+    )
 
 
 def _of_deployment(decision: Decision, pool: PoolFacts) -> Decision:
@@ -1005,7 +1018,11 @@ def _need_by_filling(view: _View) -> _Need | None:
     used = max(slots, cache or 0.0)
     # A batch that is full for a moment has no queue. Full ones are what a backlog leaves behind, too, and the replicas
     # that work it off are here or coming.
-    queued = (number(view.load.waiting) or 0.0) >= view.serving
+    waiting = number(view.load.waiting) or 0.0
+    queued = waiting >= view.serving
+    if view.pool.role is PoolRole.DECODE:
+        # Requests wait for their KV cache, too, several of each batch of prompts, and nearly every slot is planned to be taken.
+        queued = waiting > 2 * view.serving and not view.awaits_transfer
     if used < _FILLED or not queued or not view.settled(_ECHO_SECONDS):
         return None
     return _Need(
@@ -1306,7 +1323,7 @@ def _latency(
     each pool is asked for what it can mend.
     """
     own = _source(metric, role, load)
-    observed, unknown = _quantile(own, percentile)
+    observed, unknown = _quantile(own, percentile, waits=shared)
     if unknown is None and not load.coverage.complete:
         unknown = f"{load.coverage.answered} of {load.coverage.expected} replicas answered"
     if unknown is None and isinstance(own, Histogram) and own.partial:
@@ -1314,7 +1331,9 @@ def _latency(
     if shared:
         other_role = PoolRole.DECODE if role is PoolRole.PREFILL else PoolRole.PREFILL
         part, lacking = (
-            _quantile(_source(metric, other_role, rest), percentile) if rest else (None, "not measured")
+            _quantile(_source(metric, other_role, rest), percentile, waits=True)
+            if rest
+            else (None, "not measured")
         )
         unknown = unknown or lacking
         target -= min(part or 0.0, target / 2)
@@ -1323,6 +1342,8 @@ def _latency(
         total = own.total
         late = total - own.count_at_most(target)[0]
         likely = total - own.likely_at_most(target)
+        if shared:
+            likely = own.tail_beyond(target)
     return _Latency(metric, percentile, target, observed, late, total, likely, unknown)
 
 
@@ -1335,13 +1356,16 @@ def _source(metric: str, role: PoolRole, load: Load) -> Distribution:
     return found[metric]
 
 
-def _quantile(source: Distribution, percentile: str) -> tuple[float | None, str | None]:
+def _quantile(source: Distribution, percentile: str, *, waits: bool) -> tuple[float | None, str | None]:
+    """Return a percentile and why it is unknown; ``waits``: what is measured is a wait for the most part."""
     match source:
         case Unknown(reason=reason):
             return None, reason
         case Zero():
             return None, None
         case Histogram():
+            if waits:
+                return source.tail_quantile(QUANTILES[percentile]), None
             interval = source.quantile(QUANTILES[percentile])
             return (interval.estimate if interval else None), None
 
