@@ -114,7 +114,8 @@ async def test_urgent_requests_go_first_and_what_is_too_much_is_turned_away(prod
         while not tasks[0].done() and await waiting_and_running() != (0, 1):
             pass
         for rank in (9, 5, -3):
-            tasks.append(asyncio.create_task(one(rank, 48)))
+            # Long enough to end one after another for a client that has to wait for a processor, too.
+            tasks.append(asyncio.create_task(one(rank, 400)))
             await asyncio.sleep(0.05)
         while not tasks[0].done():
             all_waited |= await waiting_and_running() == (3, 1)
