@@ -104,6 +104,8 @@ class Controller:
         self.running = False
         self.leading: Callable[[], bool] = lambda: True
         self._heard: dict[str, float] = {}
+        self._unserved: set[str] = set()
+        """Kinds whose CRD the cluster lacks."""
         self.metrics = OperatorMetrics(
             CollectorRegistry(),
             Probes(
@@ -186,7 +188,22 @@ class Controller:
         namespaces: Sequence[str | None] = self._config.namespaces or [None]
         kinds = (TIER, TIER_POOL, *WATCHED, AUTOSCALER)
         for kind in kinds:
-            items, version = await self._list(kind, namespaces)
+            try:
+                items, version = await self._list(kind, namespaces)
+            except ApiError as error:
+                if kind is not TIER_POOL or error.status != 404:
+                    raise
+                # Installed without its CRD: no tier can be in a pool, and none may stop for want of one.
+                if kind.kind not in self._unserved:
+                    _log.warning(
+                        "the CRD %s.%s is not installed: tiers serve, but none shares engines. Apply the CRDs of"
+                        " this release and restart the operator",
+                        kind.plural,
+                        kind.api_version.partition("/")[0],
+                    )
+                    self._unserved.add(kind.kind)
+                continue
+            self._unserved.discard(kind.kind)
             self._heard[kind.kind] = time.monotonic()
             if kind is TIER:
                 for key in self.store.relist_tiers(items, version):
