@@ -96,3 +96,13 @@ def test_headroom_stays_within_its_bounds_and_more_misses_never_mean_less(
     some, most = spent(missed), spent(1.0)
     assert LEAST <= some.headroom <= most.headroom <= MOST
     assert replace(budget) == budget
+
+
+def test_what_was_missed_before_enough_stood_by_buys_no_more():
+    """Once little is missed, headroom need not grow for what the hour still remembers."""
+    early = after(6, 0.02)
+    assert early.share(0.01) > 1.5
+    later = after(5, 0.001, early)
+    assert later.share(0.01) > 1.0
+    assert later.headroom <= early.headroom
+    assert after(5, 0.02, early).headroom > early.headroom + 0.2

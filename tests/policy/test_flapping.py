@@ -81,3 +81,13 @@ def test_what_the_user_orders_is_no_regret():
     ordered = replace(move(4, 8), binding=Binding.MIN_REPLICAS)
     memory = memory.model_copy(update=flapping.after_growth(memory, ordered, NOW + 600, HOLD))
     assert (memory.regretted_at, memory.last_scale_up) == (None, to_time(NOW + 600))
+
+
+def test_what_stays_is_for_the_load_of_then_unless_it_swings():
+    bucket = int(NOW // 30)
+    memory = PoolMemory(load_peaks=[1000] * 20 + [500] * 20, load_bucket=bucket, kept=12)
+    memory = memory.model_copy(update={"regretted_at": to_time(NOW - 900)})
+    assert flapping.kept(memory, NOW, HOLD) == 6
+    assert flapping.kept(memory.model_copy(update={"load_peaks": [1000] * 40}), NOW, HOLD) == 12
+    swinging = memory.model_copy(update={"load_peaks": [1000] * 20 + [200] * 20})
+    assert flapping.kept(swinging, NOW, HOLD) == 12

@@ -100,3 +100,22 @@ def test_the_first_minutes_of_a_load_that_comes_and_goes_are_not_its_hour():
     young, old = (ahead(history, 8.0, 150.0) for history in (quarter, hour(bursts)))
     assert old.peak == pytest.approx(10.0, abs=0.1)
     assert 10.2 < young.peak <= 11.0
+
+
+def test_a_spike_is_not_expected_again_before_it_has_come_twice():
+    """Two minutes of 10 in an hour of 2: engines for it would idle, and the next may never come."""
+    once = ahead(hour(lambda second: 10.0 if 1200 <= second < 1320 else 2.0), 2.0, 180.0)
+    assert once.level == pytest.approx(2.0)
+    assert once.margin < 0.6
+    twice = ahead(
+        hour(lambda second: 10.0 if 1200 <= second < 1320 or 2400 <= second < 2520 else 2.0), 2.0, 180.0
+    )
+    assert twice.peak > 8.0
+
+
+def test_the_highest_load_between_two_times():
+    history = hour(lambda second: 2.0 if second < 3000 else 8.0)
+    assert history.highest(NOW, NOW + 2900) == 2.0
+    assert history.highest(NOW + 2900, NOW + 3600) == 8.0
+    assert history.highest(NOW - 7200, NOW - 3600) is None
+    assert History().highest(NOW, NOW + 60) is None

@@ -292,6 +292,16 @@ RAMP = times(20.0, 0.05, each=40)
 """A request of 20 s: a full batch of 75 does 3.75 requests/s, and 10 in the batch do 0.5."""
 
 
+def test_requests_that_had_queued_before_the_newest_engine_came_say_nothing_of_all_engines():
+    """Routers have handed them to the others: what ends in the window is what two of the four engines do."""
+    seen = load(4, running=20, waiting=80, rate=8.0, **times(2.0, 90.0, each=480))
+    facts = pool(4, max_num_seqs=100, curve=carries(10.0))
+    early = tier_decision(observe(replace(facts, settled_seconds=100.0), seen, arrivals=8.0))
+    assert early.memory["pool"].slowness_permille is None
+    later = tier_decision(observe(replace(facts, settled_seconds=200.0), seen, arrivals=8.0))
+    assert later.memory["pool"].slowness_permille == 2000
+
+
 @pytest.mark.parametrize("model", [None, 2.5])
 @pytest.mark.parametrize("waiting", [0, 1])
 def test_one_waiting_request_makes_no_full_engine_of_an_idle_one(model, waiting):

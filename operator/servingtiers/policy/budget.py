@@ -2,7 +2,8 @@
 
 Capacity says how many requests an engine carries when they come at random. Real ones come in bursts, engines differ,
 models err, and how much that takes is not known beforehand. So replicas are multiplied by a headroom that grows with
-the share of the last hour's budget that was used, and shrinks slowly while none is: an objective of 99 % is kept, not 100 %, which would be the dearest way to miss the point.
+the share of the last hour's budget that was used, as long as more than may be is missed still, and shrinks slowly while
+none is: an objective of 99 % is kept, not 100 %, which would be the dearest way to miss the point.
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ def spend(
     used = after_missed / (base * allowed) if base > 0 else 0.0
     target = LEAST + _GAIN * max(used - _FREE, 0.0) + _STEEP * max(used - _NEARLY, 0.0)
     target = min(target, MOST)
+    if counted <= _FREE * allowed * asked:
+        # Enough stands by for what comes now; what was missed before it was there is no reason for more.
+        target = min(target, budget.headroom)
     if target > budget.headroom:
         pace = _RISE_SECONDS
     else:

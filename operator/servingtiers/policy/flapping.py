@@ -3,14 +3,18 @@
 An engine that is stopped and started again within the hour has cost a start-up, and its clients a queue. One small regret
 is chance; after a large one, a second one, or one under a load that is known to swing, what was taken back stays. For how
 long a regret is remembered goes with what it costs, time and accelerators: with the square of the start-up, for an hour where
-engines take two minutes.
+engines take two minutes. What was taken back was for the load of then: where the load does not swing and has fallen since, as
+much less of it stays.
 """
 
 from __future__ import annotations
 
+import math
+
 from servingtiers.api.status import PoolMemory
 from servingtiers.core.decisions import Binding, Decision
 from servingtiers.core.times import from_time, to_time
+from servingtiers.policy.learning import history_of
 
 __all__ = ["after_growth", "after_shrinking", "kept", "quiet_left"]
 
@@ -87,5 +91,20 @@ def quiet_left(memory: PoolMemory, now: float, hold: float) -> float:
 
 
 def kept(memory: PoolMemory, now: float, hold: float) -> int:
-    """Return the replicas that do not go for now; 0: all may."""
-    return (memory.kept or 0) if quiet_left(memory, now, hold) else 0
+    """Return the replicas that do not go for now; 0: all may.
+
+    Args:
+        memory: What was remembered.
+        now: Unix time, seconds.
+        hold: The pool's hold before a scale-down, seconds.
+    """
+    if not memory.kept or memory.regretted_at is None or not quiet_left(memory, now, hold):
+        return 0
+    if _swings(memory):
+        return memory.kept
+    history = history_of(memory)
+    then = history.highest(from_time(memory.regretted_at) - hold, from_time(memory.regretted_at))
+    lately = history.highest(now - hold, now)
+    if not then or lately is None:
+        return memory.kept
+    return math.ceil(memory.kept * min(lately / then, 1.0))

@@ -3,11 +3,13 @@
 The load is kept as the peaks of half minutes over the last hour, in replicas. Each of them was followed by others: how
 the peak of the next so many seconds went with the load at the time is a line, fitted to that hour, and what the line did
 not foretell, as a share of it, is the margin. So a load that climbs and falls slowly is followed closely; one that comes and goes within
-a start-up has no slope, and what is kept for it is what its rushes need.
+a start-up has no slope, and what is kept for it is what its rushes need. A spike that came once is left out of both until
+another comes.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +41,8 @@ _UNKNOWN, _ENOUGH_PAIRS = 0.1, 100.0
 """By how much an hour may be higher than the first minutes of it, and the pairs from which on it is known."""
 _CONFIDENCE = 0.93
 """Share of the hour's peaks, weighted by their load, that the margin covers."""
+_EVENT = 0.5
+"""Share of what was foretold by which a peak must exceed it to be an event of its own, not a waver."""
 _FIRST_MARGIN = 0.1
 """Margin of a load of which nothing is known yet, as a share of it, for a start-up of a minute or more."""
 
@@ -69,6 +73,15 @@ class History:
             return None
         age = max(now - (self.last + 1) * BUCKET_SECONDS, 0.0)
         return (self.peaks[-1] / _SCALE, age) if age < KEPT_BUCKETS * BUCKET_SECONDS else None
+
+    def highest(self, begin: float, end: float) -> float | None:
+        """Return the highest load between two times, replicas; None: none is known."""
+        if self.last is None:
+            return None
+        first = self.last - len(self.peaks) + 1
+        low, high = math.floor(begin / BUCKET_SECONDS) - first, math.floor(end / BUCKET_SECONDS) - first
+        known = [peak for peak in self.peaks[max(low, 0) : max(high + 1, 0)] if peak >= 0]
+        return max(known) / _SCALE if known else None
 
     @property
     def empty(self) -> bool:
@@ -107,7 +120,65 @@ def ahead(history: History, load: float, seconds: float) -> Forecast:
     pairs = _pairs(history.peaks[:-1], steps)
     if len(pairs) < _LEAST_PAIRS:
         return Forecast(load, first, 0)
-    weights = [0.5 ** ((len(history.peaks) - at) / _FORGET_BUCKETS) for at, _, _ in pairs]
+    line = _line(pairs, len(history.peaks))
+    event = line.event(steps)
+    rest = [pair for pair in pairs if pair[0] not in event]
+    once = bool(event) and len(rest) >= _LEAST_PAIRS
+    if once:
+        # What came once need not come again, and does not make the rest a load that comes and goes.
+        line = _line(rest, len(history.peaks))
+    slope, mean_x = line.slope, line.mean_x
+    level = max(line.mean_y + slope * (load - mean_x), load)
+    margin = line.margin * max(level, line.least)
+    floor = _FLOOR * min(seconds / 180.0, 1.0) * level
+    highest = max(history.peaks) / _SCALE
+    if not once and max(history.peaks[:-1]) / _SCALE > _SWINGS * mean_x:
+        # The hour has shown what there is, and after a peak it falls: a higher one need not come. As far as it is known.
+        goes = 1.0 - min(slope / _FOLLOWED, 1.0)
+        floor *= 1.0 - goes
+        highest *= 1.0 + _UNKNOWN * goes * (1.0 - min(len(pairs) / _ENOUGH_PAIRS, 1.0))
+    if len(pairs) < _MANY_PAIRS:
+        # A few minutes cannot know what an hour brings.
+        margin = max(margin, first * (1.0 - len(pairs) / _MANY_PAIRS))
+    return Forecast(level, max(min(margin, highest - level), floor), len(pairs))
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """What loads were followed by, as a line."""
+
+    slope: float
+    mean_x: float
+    """Mean load, replicas."""
+    mean_y: float
+    """Mean peak that followed, replicas."""
+    misses: tuple[tuple[float, float, int], ...]
+    """By how much of what the line foretells a peak was higher, its weight, and which half minute it followed; ascending."""
+
+    @property
+    def least(self) -> float:
+        """No peak is measured against less, replicas."""
+        return max(_LEAST_LEVEL * self.mean_y, 1e-3)
+
+    @property
+    def margin(self) -> float:
+        """What covers nearly all misses, as a share of what is foretold."""
+        return max(_quantile(self.misses, _CONFIDENCE), 0.0)
+
+    def event(self, steps: int) -> frozenset[int]:
+        """Return the half minutes that call for the margin if they are all of one event; empty: of several, or none."""
+        if self.margin <= _EVENT:
+            return frozenset()
+        at = sorted(index for miss, _, index in self.misses if miss >= _EVENT)
+        # A peak is what each of the steps before it was followed by.
+        if any(later - sooner > steps + 1 for sooner, later in itertools.pairwise(at)):
+            return frozenset()
+        return frozenset(at)
+
+
+def _line(pairs: Sequence[tuple[int, float, float]], count: int) -> _Line:
+    """Fit the line to pairs of a history of so many half minutes; what is old weighs less."""
+    weights = [0.5 ** ((count - at) / _FORGET_BUCKETS) for at, _, _ in pairs]
     total = math.fsum(weights)
     mean_x = math.fsum(w * x for w, (_, x, _) in zip(weights, pairs, strict=True)) / total
     mean_y = math.fsum(w * y for w, (_, _, y) in zip(weights, pairs, strict=True)) / total
@@ -118,22 +189,10 @@ def ahead(history: History, load: float, seconds: float) -> Forecast:
     # hour wavered by is no margin for a calm one.
     least = max(_LEAST_LEVEL * mean_y, 1e-3)
     misses = sorted(
-        (y / max(mean_y + slope * (x - mean_x), least) - 1.0, w * max(y, 1e-3))
-        for w, (_, x, y) in zip(weights, pairs, strict=True)
+        (y / max(mean_y + slope * (x - mean_x), least) - 1.0, w * max(y, 1e-3), at)
+        for w, (at, x, y) in zip(weights, pairs, strict=True)
     )
-    level = max(mean_y + slope * (load - mean_x), load)
-    margin = max(_quantile(misses, _CONFIDENCE), 0.0) * max(level, least)
-    floor = _FLOOR * min(seconds / 180.0, 1.0) * level
-    highest = max(history.peaks) / _SCALE
-    if max(history.peaks[:-1]) / _SCALE > _SWINGS * mean_x:
-        # The hour has shown what there is, and after a peak it falls: a higher one need not come. As far as it is known.
-        goes = 1.0 - min(slope / _FOLLOWED, 1.0)
-        floor *= 1.0 - goes
-        highest *= 1.0 + _UNKNOWN * goes * (1.0 - min(len(pairs) / _ENOUGH_PAIRS, 1.0))
-    if len(pairs) < _MANY_PAIRS:
-        # A few minutes cannot know what an hour brings.
-        margin = max(margin, first * (1.0 - len(pairs) / _MANY_PAIRS))
-    return Forecast(level, max(min(margin, highest - level), floor), len(pairs))
+    return _Line(slope, mean_x, mean_y, tuple(misses))
 
 
 def _pairs(peaks: Sequence[int], steps: int) -> list[tuple[int, float, float]]:
@@ -146,10 +205,10 @@ def _pairs(peaks: Sequence[int], steps: int) -> list[tuple[int, float, float]]:
     return found
 
 
-def _quantile(values: Sequence[tuple[float, float]], share: float) -> float:
+def _quantile(values: Sequence[tuple[float, float, int]], share: float) -> float:
     """Return the value below which ``share`` of the weights lie; ``values`` ascend and carry their weights."""
-    rest = share * math.fsum(weight for _, weight in values)
-    for value, weight in values:
+    rest = share * math.fsum(weight for _, weight, _ in values)
+    for value, weight, _ in values:
         rest -= weight
         if rest <= 0:
             return value

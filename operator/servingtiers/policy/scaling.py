@@ -570,7 +570,7 @@ def _learned(view: _View, now: float) -> _View:
         serving=view.serving,
         excused=_short(view) or view.had_backlog,
         steady=settled and view.fresh_for(_FRESH_SECONDS) and not view.crowded,
-        standing=settled and view.queue_stands and view.settled(view.load.window),
+        standing=settled and view.queue_stands and view.settled(view.load.window + view.mean_queue),
         missed=missed,
     )
     return replace(view, memory=learn(view.memory, lesson, now))
