@@ -8,13 +8,14 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from servingtiers.lab.binaries import BinariesError
 from servingtiers.lab.controlplane import Connection, ControlPlane, shared_control_plane
 
 # The suite gives the same verdict on the same tree; HYPOTHESIS_EXPLORE=1 searches at random for new examples.
-settings.register_profile("same", derandomize=True)
+# How long it takes to draw them says how busy the machine is.
+settings.register_profile("same", derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 if not os.environ.get("HYPOTHESIS_EXPLORE"):
     settings.load_profile("same")
 

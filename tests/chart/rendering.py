@@ -37,10 +37,15 @@ def program(which: GoProgram) -> str:
         pytest.skip(str(error))
 
 
+def helm() -> str:
+    """Return Helm's path, or skip where it cannot be had."""
+    return program(HELM)
+
+
 def run(*arguments: str, values: Json | None = None) -> subprocess.CompletedProcess[str]:
     """Run Helm with values on standard input."""
     return subprocess.run(
-        [program(HELM), *arguments, *(["--values", "-"] if values is not None else [])],
+        [helm(), *arguments, *(["--values", "-"] if values is not None else [])],
         input=json.dumps(values) if values is not None else None,
         capture_output=True,
         text=True,
