@@ -130,8 +130,14 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[_AnyCluster]:
                     )
             built.model(places)
             # Here, because from inside the cluster's network no package index can be reached.
-            if any("previous" in getattr(item, "fixturenames", ()) for item in request.session.items):
+            programs.helm()
+            wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+            if "prometheus" in wanted:
+                images.prometheus()
+            if "previous" in wanted:
                 images.previous()
+            if "rival" in wanted:
+                images.keda()
     found.enter()
     yield found
     if isinstance(found, ExistingCluster):
@@ -229,9 +235,6 @@ def previous(cluster: _AnyCluster, product: Product) -> tuple[Product, Path]:
 @pytest.fixture(scope="session")
 def prometheus(cluster: _AnyCluster, kube: Kube, images_of: dict[str, str]) -> monitoring.Prometheus:
     """Install Prometheus."""
-    if isinstance(cluster, Cluster):
-        with _alone(cluster.places):
-            Images(cluster.places).prometheus()
     return monitoring.install(kube, images_of["prometheus"])
 
 
