@@ -83,11 +83,18 @@ def test_what_the_user_orders_is_no_regret():
     assert (memory.regretted_at, memory.last_scale_up) == (None, to_time(NOW + 600))
 
 
-def test_what_stays_is_for_the_load_of_then_unless_it_swings():
-    bucket = int(NOW // 30)
-    memory = PoolMemory(load_peaks=[1000] * 20 + [500] * 20, load_bucket=bucket, kept=12)
+def test_what_stays_is_for_the_load_of_then_and_falls_with_it():
+    memory = PoolMemory(load_peaks=[1000] * 20 + [500] * 20, load_bucket=int(NOW // 30), kept=12)
     memory = memory.model_copy(update={"regretted_at": to_time(NOW - 900)})
     assert flapping.kept(memory, NOW, HOLD) == 6
     assert flapping.kept(memory.model_copy(update={"load_peaks": [1000] * 40}), NOW, HOLD) == 12
-    swinging = memory.model_copy(update={"load_peaks": [1000] * 20 + [200] * 20})
-    assert flapping.kept(swinging, NOW, HOLD) == 12
+
+
+def test_a_lull_of_a_load_that_comes_and_goes_is_no_fall_until_it_has_lasted():
+    memory = PoolMemory(load_peaks=[1000] * 20 + [200] * 20, load_bucket=int(NOW // 30), kept=12)
+    memory = memory.model_copy(update={"regretted_at": to_time(NOW - 900)})
+    assert flapping.kept(memory, NOW, HOLD) == 12
+    longer = memory.model_copy(
+        update={"load_peaks": [1000] * 20 + [200] * 50, "regretted_at": to_time(NOW - 1800)}
+    )
+    assert flapping.kept(longer, NOW, HOLD) == 3

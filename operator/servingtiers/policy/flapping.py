@@ -3,8 +3,7 @@
 An engine that is stopped and started again within the hour has cost a start-up, and its clients a queue. One small regret
 is chance; after a large one, a second one, or one under a load that is known to swing, what was taken back stays. For how
 long a regret is remembered goes with what it costs, time and accelerators: with the square of the start-up, for an hour where
-engines take two minutes. What was taken back was for the load of then: where the load does not swing and has fallen since, as
-much less of it stays.
+engines take two minutes. What was taken back was for the load of then: where that has fallen since, as much less of it stays.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ __all__ = ["after_growth", "after_shrinking", "kept", "quiet_left"]
 
 _LONG_HOLD = 160.0
 _LEAST_SECONDS, _MOST_SECONDS = 300.0, 3600.0
+_LULL_SECONDS = 1200.0
+"""A load that comes and goes has not fallen before it has stayed away for so long."""
 _SWING = 3.0
 """A load whose high is so many times its low, without the tenth beyond either, comes and goes."""
 _LARGE = 0.4
@@ -100,11 +101,10 @@ def kept(memory: PoolMemory, now: float, hold: float) -> int:
     """
     if not memory.kept or memory.regretted_at is None or not quiet_left(memory, now, hold):
         return 0
-    if _swings(memory):
-        return memory.kept
+    span = max(hold, _LULL_SECONDS) if _swings(memory) else hold
     history = history_of(memory)
-    then = history.highest(from_time(memory.regretted_at) - hold, from_time(memory.regretted_at))
-    lately = history.highest(now - hold, now)
+    then = history.highest(from_time(memory.regretted_at) - span, from_time(memory.regretted_at))
+    lately = history.highest(now - span, now)
     if not then or lately is None:
         return memory.kept
     return math.ceil(memory.kept * min(lately / then, 1.0))
