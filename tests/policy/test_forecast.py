@@ -27,6 +27,14 @@ def test_the_peaks_of_half_minutes_are_kept_for_an_hour():
     assert hour(lambda _: 0.0).empty
 
 
+def test_a_rush_begins_at_the_mean_and_ends_far_above_it():
+    assert hour(lambda second: 9.0 if 1800 <= second < 2100 else 1.0).rushes == 1
+    assert hour(lambda second: 9.0 if second % 600 < 60 else 1.0).rushes == 5, "the first has no before"
+    assert hour(lambda second: 4.0 + second % 5 / 10).rushes == 0, "it wavers"
+    assert hour(lambda second: 3.0 + 3.0 * second / 3600).rushes == 0, "it grows"
+    assert History().rushes == 0
+
+
 def test_what_was_not_seen_is_not_zero():
     history = History().with_load(NOW, 3.0).with_load(NOW + 5 * BUCKET_SECONDS, 2.0)
     assert history.peaks == (300, -1, -1, -1, -1, 200)

@@ -13,6 +13,7 @@ from servingtiers.api.status import PoolMemory
 from servingtiers.core.decisions import (
     Binding,
     Decision,
+    EngineCurve,
     PoolFacts,
     PoolRole,
     Targets,
@@ -50,8 +51,21 @@ class Tier:
     memory: PoolMemory = field(default_factory=PoolMemory)
     binding: Binding = Binding.STEADY
     tensor_parallel: int = 1
+    expected: int | None = None
+    standby: int | None = None
+    arrivals: Signal = field(default_factory=lambda: Value(1.0))
+    curve: EngineCurve | None = None
 
 
+CURVE = EngineCurve(
+    rps=10.0,
+    saturation=10.0,
+    loads=(0.0, 1.0),
+    tpot=(0.02, 0.04),
+    ttft=(0.1, 0.1),
+    prefill_share=0.3,
+)
+"""A token takes 20 ms in an idle engine and 40 ms in one that does its 10 requests/s."""
 CHAT = Tier("chat", priority=200)
 BATCH_TIER = Tier("batch", tier="Throughput", priority=10)
 
@@ -104,6 +118,7 @@ def group(
             borrowed=borrowed,
             borrowed_share=tier.share,
             rolling=tier.rolling,
+            curve=tier.curve,
         )
         shared = {
             "name": "p",
@@ -129,7 +144,7 @@ def group(
                 spec=ServingTierSpec.model_validate(spec),
                 targets=Targets(),
                 pools=(facts,),
-                load=TierLoad({"pool": load}, RouterLoad(Coverage(1, 1), Value(1.0), Zero())),
+                load=TierLoad({"pool": load}, RouterLoad(Coverage(1, 1), tier.arrivals, Zero())),
                 memory={"pool": tier.memory},
             )
         )
@@ -138,7 +153,15 @@ def group(
             serving = len(ready) - lent + borrowed + facts.pending
             desired = max(0, len(own) + (0 if tier.needed is None else max(0, tier.needed - serving)))
         decision = Decision(
-            "pool", len(own), desired, "scaling says so.", tier.binding, "another load", needed=tier.needed
+            "pool",
+            len(own),
+            desired,
+            "scaling says so.",
+            tier.binding,
+            "another load",
+            needed=tier.needed,
+            expected=tier.expected,
+            standby=tier.standby,
         )
         memory = tier.memory
         if desired > len(own):
@@ -248,6 +271,87 @@ def test_the_most_important_tier_is_served_first_and_may_take_what_another_has_b
         engine("2", "batch"),
     ]
     assert moves(run(tiers, engines)) == [("1", None, "chat")], "minKeep holds the other one"
+
+
+RUSHES = replace(CHAT, needed=1, standby=3)
+WORKS = replace(BATCH_TIER, needed=2, expected=3, arrivals=Value(20.0), curve=CURVE)
+"""20 requests/s: 24 ms a token on ten engines, 24.4 ms on nine, 25 ms on eight, 26.7 ms on six, 30 ms on four."""
+
+
+def _batch(count: int, *, away: int = 0, **changes: object) -> list[SharedEngine]:
+    held = {"held": 200.0} | changes
+    lent = [engine(f"l{n}", "batch", "chat", **held) for n in range(away)]
+    return [engine("c", "chat"), *lent, *(engine(f"b{n}", "batch") for n in range(count - away))]
+
+
+@pytest.mark.parametrize(
+    ("what", "engines", "chat", "batch", "go"),
+    [
+        ("it expects no need of them", 10, {}, {}, 2),
+        ("no load that comes and goes", 10, {"standby": None}, {}, 0),
+        ("6 more would be 33 % slower, 2 more 4 %, 3 more 7 %", 10, {"standby": 7}, {}, 3),
+        ("four engines: three are 11 % slower", 4, {}, {}, 0),
+        ("it expects to need nine", 10, {}, {"expected": 9}, 1),
+        ("it expects to need all", 10, {}, {"expected": 10}, 0),
+        ("it cannot keep up as it is", 10, {}, {"arrivals": Value(100.0)}, 0),
+        ("what arrives there is not known", 10, {}, {"arrivals": Unknown("no answer")}, 0),
+        ("what its engines do is not known", 10, {}, {"curve": None}, 0),
+        ("nothing arrives there", 10, {}, {"arrivals": Zero()}, 2),
+        ("not all of it is seen", 10, {}, {"complete": False}, 0),
+        ("not all of the borrower is seen", 10, {"complete": False}, {}, 0),
+        ("maxBorrowed", 10, {"max_borrowed": 1}, {}, 1),
+    ],
+)
+def test_engines_stand_by_for_a_load_that_comes_and_goes_where_that_costs_little(
+    what, engines, chat, batch, go
+):
+    found = run([replace(RUSHES, **chat), replace(WORKS, **batch)], _batch(engines))
+    assert [(holder, to) for _, holder, to in moves(found)] == [(None, "chat")] * go, what
+
+
+@pytest.mark.parametrize(
+    ("what", "chat", "batch", "home"),
+    [
+        ("eight of ten: 4 % slower", {}, {}, 0),
+        ("it could have them back in seconds, but needs them now", {}, {"needed": 9}, 1),
+        ("30 requests/s: 8 of 10 are 6 % slower", {}, {"arrivals": Value(30.0)}, 0),
+        ("70 requests/s: 8 of 10 are 10 % slower", {}, {"arrivals": Value(70.0)}, 0),
+        ("80 requests/s are all that eight do; nine are 5 % slower", {}, {"arrivals": Value(80.0)}, 1),
+        ("they are needed now", {"needed": 3}, {"arrivals": Value(80.0)}, 0),
+        ("how busy it is is not known", {}, {"arrivals": Unknown("no answer")}, 0),
+        ("no load that comes and goes: the hold says when", {"standby": None}, {"arrivals": Value(80.0)}, 0),
+        ("not all of the borrower is seen", {"complete": False}, {"arrivals": Value(80.0)}, 0),
+        ("they came only now", {"memory": PoolMemory()}, {"arrivals": Value(80.0)}, 0),
+    ],
+)
+def test_what_only_stands_by_goes_home_when_that_is_slower_for_it(what, chat, batch, home):
+    changes = {"held": STAY_SECONDS - 1} if "only now" in what else {}
+    found = run([replace(RUSHES, **chat), replace(WORKS, **batch)], _batch(10, away=2, **changes))
+    assert [to or holder for _, holder, to in moves(found)] == ["batch"] * home, what
+
+
+def test_what_stands_by_stays_until_the_load_no_longer_comes_and_goes():
+    engines = _batch(10, away=2)
+    done = spared(RETURN_HOLD_SECONDS, 1)
+    assert not run([replace(RUSHES, memory=done), WORKS], engines).relabels
+    found = run([replace(RUSHES, standby=None, memory=done), WORKS], engines)
+    assert moves(found) == [("l0", None, "batch"), ("l1", None, "batch")]
+
+
+def test_what_a_lender_expects_to_need_is_no_surplus_but_its_work_can_wait():
+    """A tier that serves users keeps what it expects; of one whose work can wait an engine at work goes for a need of now."""
+    engines = [engine("c", "chat"), *(engine(u, "docs") for u in "12"), *(engine(u, "batch") for u in "34")]
+    docs = Tier("docs", tier="Balanced", priority=50, needed=1, expected=2)
+    found = run([replace(CHAT, needed=2), docs, replace(BATCH_TIER, needed=1, expected=2)], engines)
+    assert [uid for uid, *_ in moves(found)] == ["3"]
+
+
+def test_nothing_is_kept_for_a_rush_instead_of_started():
+    """It would be over before what is kept for it has come."""
+    engines = [engine("c", "chat"), *(engine(u, "batch") for u in "12345")]
+    calm = replace(CHAT, needed=1, desired=3)
+    assert replicas(run([calm, replace(BATCH_TIER, needed=1)], engines)) == [1, 5]
+    assert replicas(run([replace(calm, standby=1), replace(BATCH_TIER, needed=1)], engines)) == [3, 5]
 
 
 def test_a_borrowed_engine_counts_as_what_it_carries():
@@ -446,6 +550,10 @@ def groups(draw: st.DrawFn) -> tuple[Group, tuple[TierDecision, ...]]:
             complete=draw(st.integers(0, 4)) > 0,
             share=draw(st.sampled_from([0.0, 0.5, 1.0])),
             min_replicas=0,
+            expected=draw(st.one_of(st.none(), st.integers(0, 8))),
+            standby=draw(st.one_of(st.none(), st.integers(0, 8))),
+            arrivals=draw(st.sampled_from([Zero(), Value(1.0), Value(20.0), Unknown("no answer")])),
+            curve=draw(st.sampled_from([None, CURVE])),
             memory=draw(
                 st.one_of(st.just(PoolMemory()), st.builds(spared, st.floats(0, 200), st.integers(0, 6)))
             ),

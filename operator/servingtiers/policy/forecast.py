@@ -84,6 +84,14 @@ class History:
         return max(known) / _SCALE if known else None
 
     @property
+    def rushes(self) -> int:
+        """How often in the last hour the load rose from its mean or less far above it."""
+        known = [peak for peak in self.peaks if peak >= 0]
+        mean = math.fsum(known) / max(len(known), 1)
+        sides = [peak > mean for peak in known if peak <= mean or peak > _SWINGS * mean]
+        return sum(after and not before for before, after in itertools.pairwise(sides))
+
+    @property
     def empty(self) -> bool:
         """Whether nothing but zeros is known."""
         return not any(peak > 0 for peak in self.peaks)

@@ -3,8 +3,10 @@
 What is decided here, after scaling has said what every tier needs:
 
 * A tier that needs more than what serves it borrows from tiers of lower priority: first engines that their home does
-  not need, then, of tiers whose work can wait (Throughput), engines that are at work. ``minKeep`` stays at home, and no
-  more than ``maxBorrowed`` come.
+  not expect to need, then, of tiers whose work can wait (Throughput), engines that are at work. ``minKeep`` stays at home, and
+  no more than ``maxBorrowed`` come.
+* A load that comes and goes within seconds has engines stand by for its next rush, where their home expects no need of them
+  and hardly answers later without them. What only stands by goes home as soon as that is no longer so.
 * An engine leaves (no holder: routers send it nothing more), finishes what it has, and enters its new holder. It goes
   over in one step where what it has in flight is a small share of a batch.
 * A loan ends when the borrower has been able to do without it for a while, when a home that cannot wait needs it, or
@@ -29,6 +31,7 @@ from servingtiers.core.decisions import Binding, Decision, PoolFacts, TierDecisi
 from servingtiers.core.sharing import Group, GroupDecision, Relabel, SharedEngine
 from servingtiers.core.signals import Signal, Unknown, Value, Zero, number
 from servingtiers.core.times import from_time, in_words, to_time
+from servingtiers.policy.learning import slowness_of
 
 __all__ = ["OVERLAP_SHARE", "RETURN_HOLD_SECONDS", "STAY_SECONDS", "decide"]
 
@@ -46,6 +49,8 @@ _HOMECOMING_SECONDS = 60.0
 """An engine on its way home is let in after this time, whatever it still has to finish."""
 _LOST_SECONDS = 300.0
 """An engine that could not be drained for a borrower in this time goes home."""
+_LENT, _GIVEN_BACK = 1.08, 1.12
+"""How much longer a lender's tokens may take for an engine that only stands by elsewhere, and from what on it goes home."""
 
 
 def decide(group: Group, decided: tuple[TierDecision, ...], now: float) -> GroupDecision:
@@ -156,6 +161,35 @@ class _Member:
     def needed(self) -> int | None:
         """Engines of its own kind that its load calls for; None: not known."""
         return self.decision.needed
+
+    @property
+    def wanted(self) -> int | None:
+        """Engines that it is to have here: those that it needs, and those that stand by for its next rush."""
+        if self.needed is None:
+            return None
+        return max(self.needed, self.decision.standby or 0)
+
+    @property
+    def keeps(self) -> int | None:
+        """Engines that it does not spare: what it expects to need is no surplus."""
+        if self.needed is None:
+            return None
+        return max(self.needed, self.decision.expected or 0)
+
+    def stretch(self, engines: float, of: float) -> float | None:
+        """Return how much longer its tokens take on so many engines than on ``of``; None: not known.
+
+        Infinity where so many do not keep up with what arrives: then it is not its pace that suffers, but everything.
+        """
+        curve, rate = self.facts.curve, number(self.observation.load.router.arrival_rate)
+        if curve is None or rate is None:
+            return None
+        load = rate * slowness_of(self.before) / curve.saturation
+        if load > 0.0 and load >= curve.loads[-1] * engines:
+            return math.inf
+        if load == 0.0:
+            return 1.0
+        return curve.at(load / engines, curve.tpot) / curve.at(load / max(of, engines), curve.tpot)
 
     @property
     def before(self) -> PoolMemory:
@@ -317,7 +351,7 @@ def _note_spare(book: _Book, member: _Member) -> None:
     """Remember since when a borrower could do without one engine of what it has borrowed."""
     if len(member.observation.pools) != 1 or not book.borrowed(member.key):
         return
-    needed = member.needed
+    needed = member.wanted
     if needed is None or not member.seen_whole:
         return
     if book.capacity(member) - member.facts.borrowed_share < needed:
@@ -354,6 +388,12 @@ def _why_home(book: _Book, seat: _Seat) -> str | None:
     waits = home.can_wait and home.priority < holder.priority
     if home.needed is not None and home.needed > book.capacity(home) and not waits:
         return f"{home.name} needs {home.needed} engines itself and has {_figure(book.capacity(home))}"
+    if _only_stands_by(book, holder):
+        stretch = _stretched(book, home)
+        if home.needed is not None and home.needed > book.capacity(home):
+            return f"it only stands by for {holder.name}, and {home.name} needs {home.needed} engines itself"
+        if stretch is not None and stretch > _GIVEN_BACK:
+            return f"it only stands by for {holder.name}, and {home.name} {_slower(stretch)} without it"
     if holder.key in book.spare and not holder.frozen:
         since, peak = book.spare[holder.key]
         passed = book.now - from_time(since)
@@ -361,6 +401,23 @@ def _why_home(book: _Book, seat: _Seat) -> str | None:
         if passed >= RETURN_HOLD_SECONDS and enough:
             return f"{holder.name} has needed {peak} engines at most for {in_words(passed)} and has one more"
     return None
+
+
+def _only_stands_by(book: _Book, holder: _Member) -> bool:
+    """Whether a tier has an engine of others for its next rush, and could do without it until then."""
+    if holder.frozen or holder.needed is None or holder.decision.standby is None or not holder.seen_whole:
+        return False
+    return book.capacity(holder) - holder.facts.borrowed_share >= holder.needed
+
+
+def _stretched(book: _Book, lender: _Member, more: int = 0) -> float | None:
+    """Return how much longer a lender's tokens take for want of its engines that are not at home, and of ``more``."""
+    here = book.capacity(lender) - more
+    return lender.stretch(here, here + book.lent(lender.key) + more)
+
+
+def _slower(stretch: float) -> str:
+    return f"is {stretch - 1.0:.0%} slower" if math.isfinite(stretch) else "does not keep up"
 
 
 def _borrow(book: _Book) -> dict[str, int]:
@@ -387,8 +444,12 @@ def _borrow(book: _Book) -> dict[str, int]:
                 reason = f"{borrower.name} needs {borrower.needed} engines and has {_figure(book.capacity(borrower))}; {why}"
                 book.move(seat, borrower.key, reason)
                 room -= 1
+            _stand_by(book, borrower, room)
+            room = borrower.terms.max_borrowed - len(book.borrowed(borrower.key))
         else:
             continue  # it would not come for what is kept for it
+        if borrower.decision.standby is not None:
+            continue  # a rush is over before what is kept for it has come
         ahead = borrower.decision.desired - borrower.decision.current - _on_the_way(book, borrower)
         for lender in book.members:
             if ahead <= 0 or room <= 0:
@@ -411,13 +472,37 @@ def _borrow(book: _Book) -> dict[str, int]:
     return reserved
 
 
-def _best(book: _Book, borrower: _Member) -> tuple[_Seat, str] | None:
+def _stand_by(book: _Book, borrower: _Member, room: int) -> None:
+    """Fetch engines for the next rush of a load that comes and goes, where that costs their home little."""
+    wanted = borrower.wanted
+    if wanted is None or not borrower.seen_whole:
+        return
+    for _ in range(room):
+        if book.capacity(borrower) >= wanted:
+            return
+        taken = _best(book, borrower, standing_by=True)
+        if taken is None:
+            return
+        seat, why = taken
+        reason = f"{borrower.name} has {_figure(book.capacity(borrower))} engines and needs {wanted} whenever its load comes back; {why}"
+        book.move(seat, borrower.key, reason)
+
+
+def _best(book: _Book, borrower: _Member, *, standing_by: bool = False) -> tuple[_Seat, str] | None:
     """Return the engine that is missed least, and why it may go; None: there is none to be had."""
     offers = sorted(
-        _offers(book, borrower),
+        (offer for offer in _offers(book, borrower) if not standing_by or _costs_little(book, offer)),
         key=lambda offer: (offer[0], number(offer[1].engine.in_flight) or 0.0, offer[1].engine.uid),
     )
     return (offers[0][1], offers[0][2]) if offers else None
+
+
+def _costs_little(book: _Book, offer: tuple[tuple[int, int], _Seat, str]) -> bool:
+    """Whether an engine may stand by elsewhere: its home expects no need of it, and answers hardly later without it."""
+    (kind, _), seat, _ = offer
+    home = book.member(seat.engine.home)
+    stretch = None if home is None else _stretched(book, home, 1)
+    return kind == 0 and stretch is not None and stretch <= _LENT
 
 
 def _offers(book: _Book, borrower: _Member) -> Iterator[tuple[tuple[int, int], _Seat, str]]:
@@ -451,9 +536,9 @@ def _offers(book: _Book, borrower: _Member) -> Iterator[tuple[tuple[int, int], _
 
 def _surplus(book: _Book, member: _Member) -> int:
     """Return how many of its own engines a tier does not need; 0 where that is not known."""
-    if member.needed is None or not member.seen_whole or member.terms is None or member.facts.rolling:
+    if member.keeps is None or not member.seen_whole or member.terms is None or member.facts.rolling:
         return 0
-    spare = math.floor(book.capacity(member) + 1e-9) - member.needed
+    spare = math.floor(book.capacity(member) + 1e-9) - member.keeps
     return max(0, min(spare, book.kept(member.key) - member.terms.min_keep))
 
 

@@ -105,6 +105,10 @@ _OVERDUE, _OVERDUE_SECONDS = 3.0, 600.0
 """Start-ups, and seconds at least, after which an engine that was ordered is not waited for any more."""
 _UNSEEN_SECONDS = 60.0
 """Arrivals that are not known for so long are worth a forecast: a scrape that is missed, or a restart, is not."""
+_MOVE_SECONDS = 60.0
+"""From a change of the load until an engine that was lent for it serves, at most."""
+_RECURS = 2
+"""A load that rushed so often within an hour does it again; one burst is over when it is over."""
 _FRESH_SECONDS = 30.0
 """Engines that have served for less are not yet at their pace."""
 _CROWDED_SECONDS = 0.2
@@ -701,7 +705,10 @@ def _serving(
         kept: dict[str, str | int | None] = {"low_since": None, "low_peak": None}
         kept["idle_since"] = None if idle.since is None else to_time(idle.since)
         calls = need is not None or _missing(view) is None
-        decision = replace(decision, needed=_most(_needs(view, foresee=False)) if calls else None)
+        if calls:
+            rush = _most(_needs(view, within=_MOVE_SECONDS)) if _comes_and_goes(view) else None
+            now_needed = _most(_needs(view, within=0.0))
+            decision = replace(decision, needed=now_needed, expected=_most(iter(needs)), standby=rush)
         return decision, view.memory.model_copy(update=kept | update)
 
     if idle.over(now) and idle.since is not None:
@@ -899,17 +906,21 @@ def _over_the_maximum(view: _View, ceiling: int, now: float, *, acting: bool) ->
 # --- rules ------------------------------------------------------------------------------------------------------
 
 
-def _needs(view: _View, factor: float = 1.0, *, foresee: bool = True) -> Iterator[_Need]:
+def _comes_and_goes(view: _View) -> bool:
+    return history_of(view.memory).rushes >= _RECURS
+
+
+def _needs(view: _View, factor: float = 1.0, *, within: float | None = None) -> Iterator[_Need]:
     """Yield what every signal calls for; the largest counts.
 
     Args:
         view: The pool.
         factor: Times the load of now, where the model knows the pool.
-        foresee: Look ahead there until an engine ordered now could serve; False: the load of now, as lending needs it,
-            which moves engines in seconds.
+        within: So many seconds are looked ahead there; None: until an engine ordered now could serve. Lending asks for
+            0, the load of now, because it moves engines in seconds.
     """
     if view.pool.curve is not None:
-        yield from _needs_by_model(view, factor, foresee=foresee)
+        yield from _needs_by_model(view, factor, within)
         return
     yield from _need_by_rate(view)
     yield from _need_by_occupancy(view)
@@ -921,7 +932,7 @@ def _most(needs: Iterator[_Need]) -> int:
     return max((need.replicas for need in needs), default=0)
 
 
-def _expected(view: _View) -> tuple[Forecast, float] | None:
+def _expected(view: _View, within: float | None = None) -> tuple[Forecast, float] | None:
     """Return the peak of the load until an engine ordered now could serve, in replicas, and how far ahead that is.
 
     While arrivals are not known, the newest known ones are looked ahead from, as much farther as they are old. None where
@@ -935,19 +946,20 @@ def _expected(view: _View) -> tuple[Forecast, float] | None:
     if latest is None or (rate is None and latest[1] < _UNSEEN_SECONDS):
         return None
     load, age = latest
-    horizon = _AHEAD * (_startup(view.pool, view.memory) or _ASSUMED_STARTUP) + _READING_SECONDS + age
+    horizon = _AHEAD * (_startup(view.pool, view.memory) or _ASSUMED_STARTUP) + _READING_SECONDS
+    horizon = (horizon if within is None else within) + age
     found = ahead(history, load, horizon)
     return Forecast(slow * found.level, slow * found.margin, found.pairs), horizon
 
 
-def _needs_by_model(view: _View, factor: float, *, foresee: bool) -> Iterator[_Need]:
+def _needs_by_model(view: _View, factor: float, within: float | None) -> Iterator[_Need]:
     """Yield what the load to come, the backlog and the batches call for."""
-    expected, capacity, rate = _expected(view), view.capacity(), number(view.arriving)
+    expected, capacity, rate = _expected(view, within or None), view.capacity(), number(view.arriving)
     filled = _need_by_filling(view)
     if filled is not None:
         yield filled
     budget = budget_of(view.memory)
-    if rate is None and expected is not None and foresee:
+    if rate is None and expected is not None and within is None:
         # What is not watched gets neither the small headroom that watching has earned nor the benefit of a doubt.
         forecast, horizon = expected
         yield _Need(
@@ -962,7 +974,7 @@ def _needs_by_model(view: _View, factor: float, *, foresee: bool) -> Iterator[_N
         return
     forecast, horizon = expected
     load = rate / capacity.rps
-    if not foresee:
+    if within == 0.0:
         forecast = Forecast(load, 0.0, 0)
     peak = _engines(view, forecast, factor * budget.headroom)
     if factor == 1.0:
