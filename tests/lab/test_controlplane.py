@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -11,9 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from servingtiers.lab.controlplane import ApiError, ControlPlane, shared_control_plane
+from servingtiers.lab.controlplane import ApiError, ControlPlane, shared_control_plane, whole_lines
 
 pytestmark = pytest.mark.ring
+
+
+@pytest.mark.parametrize(
+    ("since", "lines"), [(0, [b"ab\n", b"cd\n"]), (1, [b"cd\n"]), (3, [b"cd\n"]), (4, []), (8, [])]
+)
+def test_a_log_is_read_from_a_position_inside_a_line_and_up_to_one(since, lines):
+    """Whoever asks for the size of a log that is written may see half a record."""
+    assert list(whole_lines(io.BytesIO(b"ab\ncd\ne"), since)) == lines
 
 
 def config_map(name: str) -> dict[str, object]:

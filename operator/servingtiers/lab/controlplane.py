@@ -46,6 +46,7 @@ __all__ = [
     "ControlPlaneError",
     "User",
     "shared_control_plane",
+    "whole_lines",
 ]
 
 _START_ATTEMPTS = 3  # a free port can be taken between our look and the program's bind
@@ -116,6 +117,20 @@ class AuditRecord:
 
 
 @functools.lru_cache(maxsize=8)
+def whole_lines(log: IO[bytes], since: int) -> Iterator[bytes]:
+    """Yield the lines that begin after a position and are written to their end.
+
+    The position may lie inside a line: the size of a file that somebody writes is seen at any moment.
+    """
+    if since:
+        log.seek(since - 1)
+        log.readline()
+    for line in log:
+        if not line.endswith(b"\n"):
+            return
+        yield line
+
+
 def _trusting(ca_file: Path) -> ssl.SSLContext:
     """Return a TLS context; making one costs more than a request."""
     return ssl.create_default_context(cafile=str(ca_file))
@@ -554,10 +569,7 @@ class ControlPlane:
             return []
         records = []
         with path.open("rb") as log:
-            log.seek(since)
-            for line in log:
-                if not line.endswith(b"\n"):
-                    break
+            for line in whole_lines(log, since):
                 event = json.loads(line)
                 reference = event.get("objectRef", {})
                 if event["stage"] != "ResponseComplete" or (user and event["user"]["username"] != user):
