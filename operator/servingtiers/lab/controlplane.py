@@ -116,7 +116,6 @@ class AuditRecord:
     dry_run: bool
 
 
-@functools.lru_cache(maxsize=8)
 def whole_lines(log: IO[bytes], since: int) -> Iterator[bytes]:
     """Yield the lines that begin after a position and are written to their end.
 
@@ -131,6 +130,7 @@ def whole_lines(log: IO[bytes], since: int) -> Iterator[bytes]:
         yield line
 
 
+@functools.lru_cache(maxsize=8)
 def _trusting(ca_file: Path) -> ssl.SSLContext:
     """Return a TLS context; making one costs more than a request."""
     return ssl.create_default_context(cafile=str(ca_file))
