@@ -117,16 +117,16 @@ class Kube:
         return found
 
     def _read(self, kind: str, name: str, selector: str, namespace: str | None) -> dict[str, Any]:
-        group = _GROUPS.get(kind.removesuffix("s"))
+        singular = kind.removesuffix("s")
+        group = _GROUPS.get(singular)
         if group is None:
             command = ("get", kind, name or f"--selector={selector}", "-o=json")
             return _object(self.run(*command, namespace=namespace))
         api = _api(self.kubeconfig)
-        plural = f"{kind.removesuffix('s')}s"
         try:
             request = api.param_serialize(
                 "GET",
-                f"/{group}/namespaces/{namespace or self.namespace}/{plural}{f'/{name}' if name else ''}",
+                f"/{group}/namespaces/{namespace or self.namespace}/{singular}s{f'/{name}' if name else ''}",
                 query_params=[("labelSelector", selector)] if selector else [],
                 auth_settings=["BearerToken"],
             )

