@@ -299,6 +299,27 @@ def test_a_profile_of_few_noisy_points_can_be_planned_with(tmp_path) -> None:
     assert json.loads(answer)["choices"]
 
 
+def test_a_plan_asks_for_no_larger_batches_than_its_profile_can_tell_of(tmp_path) -> None:
+    """Eight sequences were measured: more than 32 are anybody's guess, and a fleet of such engines is still a plan."""
+    profile = tmp_path / "profile.csv"
+    profile.write_text(
+        "kind,batch,context_tokens,new_tokens,ms,kv_capacity_tokens\n"
+        "decode,1,128,,4.0,65536\ndecode,8,128,,4.4,65536\ndecode,1,512,,4.1,65536\ndecode,8,512,,4.6,65536\n"
+        "prefill,,0,32,5.0,65536\nprefill,,0,256,6.0,65536\n"
+    )
+    asked = (
+        *("--accelerator", "h100-sxm-80gb", "--tensor-parallel", "1", "--rate", "500"),
+        *("--slo", "ttft.p99=500ms", "--profile", str(profile), "-o", "json"),
+    )
+    pool = json.loads(run(*asked))["choices"][0]["pools"][0]
+    assert pool["maxNumSeqs"] <= 32
+    assert pool["source"].startswith("profile: ")
+    # Who asks for larger ones is told why not.
+    result = CliRunner().invoke(main, [*BASE, *asked, "--max-num-seqs", "256"])
+    assert result.exit_code == 3
+    assert "measure a profile that covers it" in result.output
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [

@@ -108,7 +108,7 @@ def command(output: str, path: Path | None, name: str | None, namespace: str, to
         document = _tier(path)
         models = _models(flags["models"], document)
         demand = _demand(flags, document)
-        constraints = _profiled(_constraints(flags, document), models, flags["profile"])
+        constraints = _profiled(_constraints(flags, document), models, demand, flags["profile"])
         questions = _questions(flags, document)
         if top < 1:
             raise ValueError(f"--top {top}: use 1 or more")
@@ -261,13 +261,17 @@ def _constraints(flags: dict[str, Any], document: Any) -> Constraints:
     return constraints if document is None else _constrained(constraints, document, flags)
 
 
-def _profiled(constraints: Constraints, models: list[ModelShape], path: str | None) -> Constraints:
-    """Take over a profile, which is of one engine.
+def _profiled(
+    constraints: Constraints, models: list[ModelShape], demand: Demand, path: str | None
+) -> Constraints:
+    """Take over a profile, which is of one engine, and plan for no larger batches than it can tell of.
 
     Raises:
         ValueError: More than one engine is allowed, or the profile is malformed.
     """
+    from servingtiers.performance.planner import BATCH_LIMITS
     from servingtiers.performance.profile import load_profile
+    from servingtiers.performance.tables import hull_of
 
     if path is None:
         return constraints
@@ -282,7 +286,11 @@ def _profiled(constraints: Constraints, models: list[ModelShape], path: str | No
     ):
         if allowed != 1:
             raise ValueError(f"--profile is of one engine, and {allowed} {what} values are allowed: give one")
-    return replace(constraints, profile=load_profile(path))
+    profile, limits = load_profile(path), constraints.batch_limits
+    if limits is BATCH_LIMITS:  # nobody asked for certain ones
+        largest = hull_of(profile.rows).largest_batch(demand.prompt_tokens + demand.output_tokens / 2.0)
+        limits = tuple(limit for limit in limits if limit <= largest) or limits[:1]
+    return replace(constraints, profile=profile, batch_limits=limits)
 
 
 def _constrained(constraints: Constraints, document: Any, flags: dict[str, Any]) -> Constraints:

@@ -218,6 +218,10 @@ class Hull:
     reach: float = 4.0
     """How many times beyond the hull a number is still given."""
 
+    def largest_batch(self, context: float) -> float:
+        """Return how many sequences of ``context`` KV tokens may decode together for a number to be given still."""
+        return self.reach * min(self.max_batch, self.max_kv_tokens / context)
+
 
 @dataclass(frozen=True, slots=True)
 class GridStepModel:
