@@ -47,7 +47,8 @@ def page(results: dict[str, Any]) -> str:
             f" {trace['from']} s on, lengths × {trace['lengthScale']} (mean {results['lengths']['prompt']} prompt and"
             f" {results['lengths']['output']} output tokens), at shares of what the simulator says the engines sustain,"
             f" {results['capacity']} requests/s each. Network, HTTP and client cost {results['overheadMs']} ms a request in the"
-            " profile (a request after a pause, the median); the simulator adds that before each request, and nothing else. The router takes two engines in turn."
+            f" profile (a request after a pause, the median); the simulator adds that before each request, {_router(results)}, and"
+            " nothing else. The router takes two engines in turn."
         ),
         "",
         (
@@ -127,6 +128,12 @@ def page(results: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _router(results: dict[str, Any]) -> str:
+    """Return what is told of the router's share of a request."""
+    ms = results.get("routerMs")
+    return "nothing for the router" if ms is None else f"{ms} ms more behind the router (measured idle, too)"
 
 
 def _no_verdict(points: list[dict[str, Any]]) -> list[str]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
+import aiohttp
 import pytest
 
 from fidelity.compare import Engine, rows, simulated, step_model, verdicts
@@ -21,6 +24,7 @@ from harness.existing import ExistingCluster
 from harness.kube import pod_ready, wait_for
 from harness.study import circumstances
 from harness.tiers import VOCABULARY, engine, tier
+from harness.traffic import ask, prompt
 from onenode import images as built
 from servingtiers.performance.engine_sim import EngineConfig, PoolConfig, sustainable_rate
 from servingtiers.performance.profile import load_profile
@@ -84,6 +88,21 @@ async def _replay(url, scale, tmp_path):
     return run, [json.loads(line) for line in record.read_text().splitlines()]
 
 
+async def _hop(engine_url, router_url, pairs=40):
+    """Return what the router costs a request that finds everything idle, ms: the median of pairs, sent in turn."""
+    rng, found = random.Random(1), []
+    async with aiohttp.ClientSession() as session:
+        for _ in range(pairs):
+            ttft = []
+            for url in (engine_url, router_url):
+                await asyncio.sleep(rng.uniform(0.05, 0.2))
+                answer = await ask(session, url, tokens=1, text=prompt(16, rng), model=MODEL)
+                assert answer.ok, answer.error
+                ttft.append(answer.ttft)
+            found.append(1e3 * (ttft[1] - ttft[0]))
+    return round(max(median(found), 0.0), 2)
+
+
 async def test_the_simulator_says_what_a_real_engine_does(product, cluster, kube, figures, tmp_path):
     if isinstance(cluster, ExistingCluster):
         pytest.skip("the model of this study is made on the node")
@@ -128,13 +147,14 @@ async def test_the_simulator_says_what_a_real_engine_does(product, cluster, kube
     )
 
     points = {}
+    hop = None
 
-    async def measure(case, at, replicas, round_):
+    async def measure(case, at, replicas, round_, more_ms=0.0):
         for share in SHARES[replicas]:
             load = share * capacity * replicas
             run, sent = await _replay(at, load / whole.rate, tmp_path)
             answered = [row for row in sent if row["failure"] is None]
-            found = simulated(answered, profile, ENGINE, replicas=replicas, overhead_ms=overhead)
+            found = simulated(answered, profile, ENGINE, replicas=replicas, overhead_ms=overhead + more_ms)
             point = points.setdefault((case, share), {"case": case, "load": round(share, 3), "runs": []})
             point["requestsPerSecond"] = round(len(sent) / SECONDS, 2)
             point["runs"].append({"measured": run, "simulated": found})
@@ -165,6 +185,7 @@ async def test_the_simulator_says_what_a_real_engine_does(product, cluster, kube
             "profileSeconds": round(profiled),
             "profileLeftOut": [line for line in said.splitlines() if line.startswith("left out")],
             "overheadMs": overhead,
+            "routerMs": hop,
             "capacity": round(capacity, 2),
             "points": list(points.values()),
         }
@@ -181,8 +202,11 @@ async def test_the_simulator_says_what_a_real_engine_does(product, cluster, kube
     kube.wait_ready("two", seconds=300)
     wait_for("two engines", 300, lambda: sum(pod_ready(each) for each in kube.engines("two")) == 2)
     await asyncio.sleep(5)
+    routed = kube.service_url("two")
+    hop = await _hop(kube.pod_url(kube.engines("two")[0]), routed)
+    figures(f"the router costs an idle request {hop} ms")
     for round_ in range(REPEATS):
-        await measure("two engines behind the router", kube.service_url("two"), 2, round_)
+        await measure("two engines behind the router", routed, 2, round_, hop)
         results = save()
     made = verdicts(rows(results["points"]))
     for verdict in made:
