@@ -969,7 +969,7 @@ def _needs_by_model(view: _View, factor: float, within: float | None) -> Iterato
             f" more replicas of work were to be expected within {in_words(horizon)} ({_learned_from(forecast)}).",
             "Arrivals that are known.",
         )
-    if expected is None or capacity is None or not rate:
+    if expected is None or capacity is None or rate is None:
         yield from _need_by_backlog(view)
         return
     forecast, horizon = expected
@@ -977,6 +977,9 @@ def _needs_by_model(view: _View, factor: float, within: float | None) -> Iterato
     if within == 0.0:
         forecast = Forecast(load, 0.0, 0)
     peak = _engines(view, forecast, factor * budget.headroom)
+    if peak <= 0.0:
+        yield from _need_by_backlog(view)
+        return
     if factor == 1.0:
         peak = max(min(peak, view.pool.replicas), peak / (1.0 + _TOLERANCE))
     seen = f"{_figure(rate)} requests/s arrive{_seen(view.arriving)}"
