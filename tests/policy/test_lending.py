@@ -52,6 +52,8 @@ class Tier:
     binding: Binding = Binding.STEADY
     tensor_parallel: int = 1
     expected: int | None = None
+    highest: int | None = None
+    max_replicas: int = 16
     standby: int | None = None
     arrivals: Signal = field(default_factory=lambda: Value(1.0))
     curve: EngineCurve | None = None
@@ -109,7 +111,7 @@ def group(
         facts = PoolFacts(
             name="pool",
             role=PoolRole.AGGREGATED,
-            scaling=PoolScaling(min_replicas=tier.min_replicas, max_replicas=16),
+            scaling=PoolScaling(min_replicas=tier.min_replicas, max_replicas=tier.max_replicas),
             replicas=len(own),
             ready=len(ready),
             pending=len(own) - len(ready),
@@ -161,6 +163,7 @@ def group(
             "another load",
             needed=tier.needed,
             expected=tier.expected,
+            highest=tier.highest,
             standby=tier.standby,
         )
         memory = tier.memory
@@ -495,6 +498,61 @@ def test_what_a_tier_expects_to_need_is_kept_for_it_instead_of_started():
     assert "kept" in found.tiers[1].decisions[0].reason
 
 
+@pytest.mark.parametrize(
+    ("what", "docs", "kept"),
+    [
+        ("not for an hour", {"highest": 1}, True),
+        ("it has needed both within the hour", {"highest": 2}, False),
+        ("minKeep", {"min_keep": 2}, False),
+    ],
+)
+def test_only_what_a_home_has_not_needed_for_an_hour_stands_in_for_a_start(what, docs, kept):
+    second = Tier("docs", tier="Balanced", priority=50, needed=1, expected=1, desired=1)
+    engines = [engine("c", "chat"), engine("1", "docs"), engine("2", "docs")]
+    found = run([replace(CHAT, needed=1, desired=2), replace(second, **docs)], engines)
+    assert not found.relabels
+    assert replicas(found) == ([1, 2] if kept else [2, 1]), what
+
+
+LEANS = replace(CHAT, needed=3, expected=3)
+"""One engine of its own, and two that it has borrowed."""
+
+
+@pytest.mark.parametrize(
+    ("what", "chat", "batch", "desired"),
+    [
+        ("they can stay: nobody has needed them for an hour", {}, {"highest": 2}, 1),
+        ("one can stay", {}, {"highest": 3}, 2),
+        ("all are needed at home now and then", {}, {"highest": 4}, 3),
+        ("more than there are were needed", {}, {"highest": 9}, 3),
+        ("they are expected to be needed at home", {}, {"expected": 4}, 3),
+        ("minKeep", {}, {"min_keep": 4}, 3),
+        ("its need is over before an engine could start", {"expected": 1}, {"highest": 4}, 1),
+        ("what it expects is not known", {"expected": None}, {"highest": 4}, 1),
+        ("scaling waits", {"expected": 5}, {"highest": 4}, 3),
+        ("scaling asks for more", {"expected": 5, "desired": 3}, {"highest": 4}, 5),
+        ("maxReplicas", {"max_replicas": 2}, {"highest": 4}, 2),
+        ("what is needed at home is not known", {}, {"needed": None}, 3),
+        ("each is half of its own", {"share": 0.5, "needed": 2}, {"highest": 2}, 2),
+    ],
+)  # fmt: skip
+def test_a_loan_that_its_home_may_need_again_only_bridges_a_start(what, chat, batch, desired):
+    lent = [engine(u, "batch", "chat", held=20) for u in "12"]
+    engines = [engine("c", "chat"), *lent, *(engine(u, "batch") for u in "34")]
+    found = run([replace(LEANS, **chat), replace(BATCH_TIER, **{"needed": 2, "expected": 2} | batch)], engines)  # fmt: skip
+    assert replicas(found)[0] == desired, what
+    started = found.tiers[0].memory["pool"].last_scale_up
+    assert started == (to_time(NOW) if desired > 1 else None)
+
+
+def test_what_was_started_for_a_loan_is_not_started_twice():
+    lent = [engine(u, "batch", "chat", held=20) for u in "12"]
+    coming = [engine(u, "chat", ready=False) for u in "de"]
+    engines = [engine("c", "chat"), *coming, *lent, *(engine(u, "batch") for u in "34")]
+    found = run([replace(LEANS, desired=3), replace(BATCH_TIER, needed=2, highest=4)], engines)
+    assert replicas(found)[0] == 3
+
+
 def test_the_minimum_is_started_whatever_is_lent():
     engines = [engine("1", "batch"), engine("2", "batch")]
     found = run([replace(CHAT, needed=1, desired=2, min_replicas=2), BATCH_TIER], engines)
@@ -551,6 +609,7 @@ def groups(draw: st.DrawFn) -> tuple[Group, tuple[TierDecision, ...]]:
             share=draw(st.sampled_from([0.0, 0.5, 1.0])),
             min_replicas=0,
             expected=draw(st.one_of(st.none(), st.integers(0, 8))),
+            highest=draw(st.one_of(st.none(), st.integers(0, 8))),
             standby=draw(st.one_of(st.none(), st.integers(0, 8))),
             arrivals=draw(st.sampled_from([Zero(), Value(1.0), Value(20.0), Unknown("no answer")])),
             curve=draw(st.sampled_from([None, CURVE])),
@@ -643,7 +702,11 @@ def test_promises_hold_in_every_group(case):
         (was,), (now) = old.decisions, new.decisions[0]
         assert now.reason
         low, high = sorted((was.current, was.desired))
-        assert low <= now.desired <= high, "lending only ever tempers what scaling decided"
+        if any(e.home != observation.key and after[e.uid][0] == observation.key for e in usable):
+            high = max(high, min(was.expected or 0, 16))
+        assert low <= now.desired <= high, (
+            "lending tempers what scaling decided, or starts what is expected and only borrowed"
+        )
         if observation.key not in active:
             assert now == was
         lent = sum(e.home == observation.key and after[e.uid][0] != observation.key for e in usable)

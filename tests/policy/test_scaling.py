@@ -1150,6 +1150,31 @@ def test_arrivals_that_nobody_sees_are_expected_to_have_grown():
     assert forgotten.desired == 8
 
 
+def test_a_load_that_rests_for_a_moment_is_expected_back():
+    """Four replicas of work for a minute, then nothing for four, all hour."""
+    rushes = an_hour_of(0.0, NOW - 30.0).model_copy(update={"load_peaks": ([400] * 2 + [0] * 8) * 12})
+    facts = pool(6, scaling=PoolScaling(min_replicas=1, max_replicas=20), curve=carries(5.0))
+    nothing = load(6, running=0, waiting=0, rate=0, ttft=Zero(), tpot=Zero())
+    rests, trickles = (
+        one(observe(facts, nothing, arrivals=rate, memory=rushes.model_copy())) for rate in (0, 0.001)
+    )
+    assert (rests.expected, rests.standby, rests.highest) == (5, 5, 5)
+    assert (trickles.expected, trickles.standby, trickles.highest) == (5, 5, 5)
+    assert rests.needed == 0, "lending moves engines for the load of now"
+    silent = an_hour_of(0.0, NOW - 30.0)
+    over = one(observe(facts, nothing, arrivals=0, memory=silent))
+    assert (over.expected, over.standby, over.highest) == (0, None, 0)
+
+
+def test_the_highest_load_of_the_hour_is_told_even_if_it_came_once():
+    once = an_hour_of(1.0, NOW - 30.0)
+    once.load_peaks[60] = 600
+    facts = pool(2, scaling=PoolScaling(min_replicas=1, max_replicas=20), curve=carries(5.0))
+    found = one(observe(facts, busy(2), arrivals=5.0, memory=once))
+    assert (found.expected, found.highest) == (2, 6)
+    assert one(observe(pool(2), busy(2), arrivals=5.0)).highest is None, "nothing is known without a model"
+
+
 def test_misses_with_room_to_spare_are_not_the_start_ups():
     """An engine is always on its way where headroom grows: what bursts miss meanwhile counts all the same."""
     late = busy(8, ttft=latencies(TTFT, *[0.2] * 90, *[0.9] * 10, each=40))

@@ -182,6 +182,8 @@ class Decision:
     """Replicas that the load of now calls for, whoever owns them: before bounds, holds and pacing. None: not known."""
     expected: int | None = None
     """The same for the load until an engine ordered now could serve. None: not known."""
+    highest: int | None = None
+    """The same for the highest load of the last hour. None: not known."""
     standby: int | None = None
     """The same for the next rush of a load that comes and goes, which is over before an engine has moved. None: it is no
     such load, or not known."""

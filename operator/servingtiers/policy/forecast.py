@@ -84,6 +84,11 @@ class History:
         return max(known) / _SCALE if known else None
 
     @property
+    def peak(self) -> float:
+        """The highest load that is known, replicas."""
+        return max((*self.peaks, 0)) / _SCALE
+
+    @property
     def rushes(self) -> int:
         """How often in the last hour the load rose from its mean or less far above it."""
         known = [peak for peak in self.peaks if peak >= 0]

@@ -13,6 +13,8 @@ What is decided here, after scaling has said what every tier needs:
   when a member no longer takes part.
 * Engines move before engines start: what a move gives is not started, what is borrowed goes back before a tier's own
   engines are stopped, and a home does not replace what it has lent while what it owns would do.
+* For what a tier expects to go on needing, only such engines of others stand in as their home has not needed for an hour;
+  the others bridge the start of its own.
 
 Data that is missing begins nothing and ends nothing: an engine whose requests in flight are unknown is not taken, and a
 tier of which not everything is seen has nothing to spare. Everything remembered is in
@@ -176,6 +178,13 @@ class _Member:
             return None
         return max(self.needed, self.decision.expected or 0)
 
+    @property
+    def may_need(self) -> int | None:
+        """Engines that it may need sooner than one could be started: those of its highest load within the hour, too."""
+        if self.keeps is None:
+            return None
+        return max(self.keeps, self.decision.highest or 0)
+
     def stretch(self, engines: float, of: float) -> float | None:
         """Return how much longer its tokens take on so many engines than on ``of``; None: not known.
 
@@ -256,6 +265,22 @@ class _Book:
     def lent(self, key: str) -> int:
         """Engines of a tier that do not serve it: lent, or on their way there or back."""
         return sum(seat.usable and seat.engine.home == key and not seat.at_home for seat in self.seats)
+
+    def spared(self, home: _Member) -> int:
+        """Return the engines of a tier, wherever they are, that it has not needed within the hour: no rush calls for them."""
+        if home.may_need is None or home.terms is None:
+            return 0
+        own = self.kept(home.key) + self.lent(home.key)
+        return max(0, own - max(home.may_need, home.terms.min_keep))
+
+    def lasting(self, borrower: _Member) -> float:
+        """Return the borrowed engines that a tier can keep for good, in engines of its own."""
+        borrowed = self.borrowed(borrower.key)
+        stay = sum(
+            min(sum(seat.engine.home == home.key for seat in borrowed), self.spared(home))
+            for home in self.members
+        )
+        return stay * borrower.facts.borrowed_share
 
     def capacity(self, member: _Member) -> float:
         """Engines that a tier has or is about to have, in engines of its own."""
@@ -464,7 +489,8 @@ def _borrow(book: _Book) -> dict[str, int]:
                 and _known(seat.engine.in_flight)
                 for seat in book.seats
             )
-            spare = min(_surplus(book, lender), could_go) - reserved.get(lender.key, 0)
+            for_good = book.spared(lender) - book.lent(lender.key)
+            spare = min(_surplus(book, lender), could_go, for_good) - reserved.get(lender.key, 0)
             spare = min(spare, math.ceil(ahead / share), room)
             if spare > 0:
                 reserved[lender.key] = reserved.get(lender.key, 0) + spare
@@ -567,6 +593,8 @@ def _after_moves(book: _Book, member: _Member, reserved: dict[str, int]) -> Tier
         decision = _starts(book, member, ahead, reserved)
     elif ahead < 0:
         decision = _stops(book, member, reserved)
+    if ahead >= 0:
+        decision = _starts_for_good(book, member, decision)
     since, peak = book.spare.get(member.key, (None, None))
     update: dict[str, str | int | None] = {"spare_since": since, "spare_peak": peak}
     before = member.before
@@ -574,6 +602,8 @@ def _after_moves(book: _Book, member: _Member, reserved: dict[str, int]) -> Tier
         update["last_scale_up"] = before.last_scale_up
     elif ahead < 0 and decision.desired >= decision.current:
         update["last_scale_down"] = before.last_scale_down
+    if decision.desired > decision.current:
+        update["last_scale_up"] = to_time(book.now)
     memory = decided.memory | {member.facts.name: member.memory.model_copy(update=update)}
     return replace(decided, decisions=(decision,), memory=memory)
 
@@ -602,6 +632,31 @@ def _starts(book: _Book, member: _Member, ahead: int, reserved: dict[str, int]) 
         desired=desired,
         binding=Binding.LENT if lent and not borrowed else Binding.BORROWED,
         reason=f"Starts {desired - decision.current or 'none'} of {ahead}: {what}. {decision.reason}",
+    )
+
+
+def _starts_for_good(book: _Book, member: _Member, decision: Decision) -> Decision:
+    """Return the decision to start what a tier expects to need and has only for as long as others do not.
+
+    A loan bridges a start-up. Where neither tier started anything, because each counted the engine between them as its
+    own, the next rush of the lender would find it gone.
+    """
+    borrowed = len(book.borrowed(member.key))
+    if not borrowed or decision.expected is None:
+        return decision
+    stays = book.lasting(member)
+    served = decision.current + member.facts.borrowed - member.facts.lent
+    target = served + member.decision.desired - decision.current
+    lacking = math.ceil(min(decision.expected, target) - decision.current - stays - 1e-9)
+    desired = min(decision.current + lacking, member.facts.scaling.max_replicas)
+    if desired <= decision.desired:
+        return decision
+    return replace(
+        decision,
+        desired=desired,
+        binding=Binding.FORECAST,
+        reason=f"Starts {desired - decision.current}: {decision.expected} engines are expected to be needed, and of {borrowed}"
+        f" borrowed ones {_figure(stays) if stays else 'none'} can stay, as their homes may need them again. {decision.reason}",
     )
 
 

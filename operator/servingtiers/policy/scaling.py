@@ -707,8 +707,13 @@ def _serving(
         calls = need is not None or _missing(view) is None
         if calls:
             rush = _most(_needs(view, within=_MOVE_SECONDS)) if _comes_and_goes(view) else None
-            now_needed = _most(_needs(view, within=0.0))
-            decision = replace(decision, needed=now_needed, expected=_most(iter(needs)), standby=rush)
+            decision = replace(
+                decision,
+                needed=_most(_needs(view, within=0.0)),
+                expected=_most(iter(needs)),
+                highest=_highest(view),
+                standby=rush,
+            )
         return decision, view.memory.model_copy(update=kept | update)
 
     if idle.over(now) and idle.since is not None:
@@ -910,6 +915,14 @@ def _comes_and_goes(view: _View) -> bool:
     return history_of(view.memory).rushes >= _RECURS
 
 
+def _highest(view: _View) -> int | None:
+    """Return what the highest load of the last hour calls for; None: not known."""
+    if view.pool.curve is None:
+        return None
+    highest = Forecast(slowness_of(view.memory) * history_of(view.memory).peak, 0.0, 0)
+    return _ceil(_engines(view, highest, budget_of(view.memory).headroom))
+
+
 def _needs(view: _View, factor: float = 1.0, *, within: float | None = None) -> Iterator[_Need]:
     """Yield what every signal calls for; the largest counts.
 
@@ -935,12 +948,14 @@ def _most(needs: Iterator[_Need]) -> int:
 def _expected(view: _View, within: float | None = None) -> tuple[Forecast, float] | None:
     """Return the peak of the load until an engine ordered now could serve, in replicas, and how far ahead that is.
 
-    While arrivals are not known, the newest known ones are looked ahead from, as much farther as they are old. None where
-    none or no capacity is known.
+    ``within`` 0 is the load of now. While arrivals are not known, the newest known ones are looked ahead from, as much
+    farther as they are old. None where none or no capacity is known.
     """
     capacity, rate = view.capacity(), number(view.arriving)
     if capacity is None:
         return None
+    if within == 0.0:
+        return None if rate is None else (Forecast(rate / capacity.rps, 0.0, 0), 0.0)
     history, slow = history_of(view.memory), slowness_of(view.memory)
     latest = history.latest(view.now) if rate is None else (rate / capacity.rps / slow, 0.0)
     if latest is None or (rate is None and latest[1] < _UNSEEN_SECONDS):
@@ -954,7 +969,7 @@ def _expected(view: _View, within: float | None = None) -> tuple[Forecast, float
 
 def _needs_by_model(view: _View, factor: float, within: float | None) -> Iterator[_Need]:
     """Yield what the load to come, the backlog and the batches call for."""
-    expected, capacity, rate = _expected(view, within or None), view.capacity(), number(view.arriving)
+    expected, capacity, rate = _expected(view, within), view.capacity(), number(view.arriving)
     filled = _need_by_filling(view)
     if filled is not None:
         yield filled
@@ -974,8 +989,6 @@ def _needs_by_model(view: _View, factor: float, within: float | None) -> Iterato
         return
     forecast, horizon = expected
     load = rate / capacity.rps
-    if within == 0.0:
-        forecast = Forecast(load, 0.0, 0)
     peak = _engines(view, forecast, factor * budget.headroom)
     if peak <= 0.0:
         yield from _need_by_backlog(view)
