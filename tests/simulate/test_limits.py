@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from servingtiers.core.decisions import PoolRole, Targets
 from servingtiers.core.signals import Coverage, Histogram, Load
 from servingtiers.performance.engine_sim import EngineConfig
 from servingtiers.policy import capacity, presets
+from servingtiers.simulate import limits
 from servingtiers.simulate.capacity import capacity_rps, work_of
 from servingtiers.simulate.fleet import Move, PoolHistory, RunResult, TierOutcome, run
 from servingtiers.simulate.limits import (
@@ -228,6 +230,19 @@ def test_static_optimal_finds_a_ratio(make_scenario):
         fewer["llm/chat", name] -= 1
         if fewer["llm/chat", name]:
             assert score(static_run(scenario, fewer, 0)).violations > TARGET
+
+
+def test_static_optimal_finds_fewer_where_more_decode_engines_would_not_do(make_scenario, monkeypatch):
+    """No two engines are equally fast: two prefill engines that do beside six decode engines may not beside eight."""
+
+    def violations(replicas: dict[tuple[str, str], int]) -> float:
+        prefill, decode = replicas.values()
+        return 0.0 if (prefill >= 3 and decode >= 6) or (prefill, decode) == (2, 6) else 0.5
+
+    monkeypatch.setattr(limits, "static_run", lambda _scenario, replicas, _seed: replicas)
+    monkeypatch.setattr(limits, "score", lambda replicas: SimpleNamespace(violations=violations(replicas)))
+    scenario = make_scenario("step:8:8:200", split=True, scaling={"maxReplicas": 8})
+    assert list(static_optimal(scenario, 0).replicas.values()) == [2, 6]
 
 
 def test_no_policy_beats_the_clairvoyant_at_its_own_violations(make_scenario):

@@ -107,7 +107,18 @@ def static_optimal(
             if found[second] == ceiling and count > lowest + 2:
                 break
             ceiling = found[second]
-        chosen = min(options, key=lambda each: sum(each[key] * gpus[key] for key in keys))
+
+        def cost(each: dict[Key, int], gpus: dict[Key, int] = gpus) -> int:
+            return sum(each[key] * count for key, count in gpus.items())
+
+        chosen = min(options, key=cost)
+        # No two engines are equally fast, and others serve where there are more of them: the staircase has holes.
+        while kept := [
+            fewer
+            for key in keys
+            if chosen[key] > 1 and at(fewer := {**chosen, key: chosen[key] - 1}).violations <= level
+        ]:
+            chosen = min(kept, key=cost)
     return StaticOptimal(chosen, at(chosen), level, best.violations <= target)
 
 
