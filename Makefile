@@ -48,6 +48,9 @@ control-plane: setup ## Fetch or build the control plane's binaries (cached)
 helm: setup ## Fetch or build Helm and kubeconform, for the chart's tests (cached)
 	@$(BIN)/python -m servingtiers.lab.go_programs
 
+# Dozens of Python processes start in a run: they read compiled modules, also where others are told not to write them.
+test test-properties test-crash: export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: test
 test: setup control-plane helm ## The default suite: pure tests and the API-server ring
 	@$(BIN)/python -m pytest -n 4 --dist loadgroup -m "not slow"
@@ -81,6 +84,10 @@ verify-generated: setup ## Fail where a generated file is out of step
 	  $(BIN)/python -m servingtiers.performance.rules_of_thumb
 
 # -- longer rings ----------------------------------------------------------------------------------------------
+
+.PHONY: test-properties
+test-properties: setup ## Search at random for counter-examples to the properties: ten times the examples, others each time
+	@HYPOTHESIS_EXPLORE=1 $(BIN)/python -m pytest -n 2 -m "hypothesis and not slow and not ring"
 
 .PHONY: test-crash
 test-crash: setup control-plane ## SIGKILL the operator after every write of a create, a scale, a spec change and a delete

@@ -6,22 +6,30 @@ import os
 import signal
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from properties import SEARCHING, examples
 from servingtiers.lab.binaries import BinariesError
 from servingtiers.lab.controlplane import Connection, ControlPlane, shared_control_plane
 
-# The suite gives the same verdict on the same tree; HYPOTHESIS_EXPLORE=1 searches at random for new examples.
-# How long it takes to draw them says how busy the machine is.
-settings.register_profile("same", derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-if not os.environ.get("HYPOTHESIS_EXPLORE"):
-    settings.load_profile("same")
+# The suite gives the same verdict on the same tree; `make test-properties` searches at random for new examples.
+# How long it takes to draw and to try them says how busy the machine is.
+_busy: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("same", derandomize=True, **_busy)
+settings.register_profile("search", max_examples=examples(100), **_busy)
+settings.load_profile("search" if SEARCHING else "same")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Of a background job, as shells start it: children would ignore it, too, and some tests send it to them.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long tests: what begins last ends last, while the other processes have nothing left to do."""
+    items.sort(key=lambda item: "long" not in item.keywords)
 
 
 @pytest.fixture(scope="session")

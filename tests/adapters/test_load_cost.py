@@ -67,6 +67,7 @@ def ports():
         process.terminate()
 
 
+@pytest.mark.long
 async def test_a_tick_of_300_tiers_costs_well_under_two_cpu_seconds(ports, capsys):
     """1200 engines and 600 routers: CPU time of the operator's process, the fetching over HTTP included."""
     engine, router = ports

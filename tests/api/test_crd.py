@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import kubernetes_validate
 import pytest
 import yaml
 from pydantic import Field, ValidationError
 
+from kubernetes_schemas import assert_valid
 from servingtiers.api import ServingTier, ServingTierSpec, ServingTierStatus
 from servingtiers.api.base import Model, key_rule
 from servingtiers.api.crd import crd_document, crd_documents, structural_schema
@@ -118,7 +118,7 @@ def test_keys_of_keyed_lists_are_required_or_have_a_default() -> None:
 def test_the_document_is_a_valid_custom_resource_definition() -> None:
     """Against the schema of Kubernetes itself."""
     for document in crd_documents():
-        kubernetes_validate.validate(document, "1.37", strict=True)
+        assert_valid(document)
 
 
 def test_the_document_fits_into_the_annotation_of_a_client_side_apply() -> None:

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from properties import examples
 from servingtiers.api.spec import ServingTier
 from servingtiers.cli.demo import command
 from servingtiers.core.config import OperatorConfig
@@ -92,7 +93,7 @@ def outcome() -> Outcome:
 # -- the load --
 
 
-@settings(deadline=None, max_examples=40)  # a busy machine is no failure
+@settings(deadline=None, max_examples=examples(40))  # a busy machine is no failure
 @given(
     seconds=st.floats(20, 300),
     tail=st.floats(0, 90),

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from properties import examples
 from servingtiers.catalog.accelerators import accelerator
 from servingtiers.catalog.models import model
 from servingtiers.performance import analytic
@@ -181,7 +182,7 @@ engines = st.sampled_from(list(ENGINES.values()))
 
 
 @given(steps=engines, traffic=traffics, limits=limit_settings, load=st.floats(0.01, 1.2))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_every_answer_is_finite_positive_and_its_percentiles_ascend(steps, traffic, limits, load):
     capacity = 1.0 / predict(steps, traffic, limits).utilisation
     prediction = predict(steps, replace(traffic, rate=capacity * load), limits)
@@ -224,7 +225,7 @@ def test_every_answer_is_finite_positive_and_its_percentiles_ascend(steps, traff
     load=0.3388,
     more=1.128,
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_more_rate_never_lowers_latency(steps, traffic, limits, load, more):
     # The batch is coupled to the steps by iteration, not solved jointly: ripples up to 2 % are let pass.
     capacity = 1.0 / predict(steps, traffic, limits).utilisation
@@ -236,7 +237,7 @@ def test_more_rate_never_lowers_latency(steps, traffic, limits, load, more):
 
 
 @given(traffic=traffics, limits=limit_settings)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_throughput_never_exceeds_the_ideal_roofline(traffic, limits):
     steps = H100
     ideal = RooflineConstants(
@@ -273,7 +274,7 @@ def test_throughput_never_exceeds_the_ideal_roofline(traffic, limits):
     metric=st.sampled_from(["ttft", "tpot", "e2e"]),
     percentile=st.sampled_from(["mean", "p50", "p99"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_a_tighter_objective_never_gives_a_larger_rate(steps, traffic, target, tighter, metric, percentile):
     loose = max_rate(steps, traffic, [Objective(metric, percentile, target)])
     tight = max_rate(steps, traffic, [Objective(metric, percentile, target * tighter)])

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from properties import examples
 from servingtiers.catalog.accelerators import accelerator
 from servingtiers.catalog.models import model
 from servingtiers.performance.analytic import EngineLimits, Traffic, predict
@@ -173,7 +174,7 @@ def test_one_outlier_changes_nothing_and_three_in_a_row_start_anew():
         max_size=12,
     )
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_the_state_stays_within_its_bounds_whatever_is_seen(observations):
     state = FRESH
     for itl, prefill, offset, requests in observations:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from properties import examples
 from servingtiers.catalog.accelerators import accelerator
 from servingtiers.catalog.models import model
 from servingtiers.performance.confirmation import confirm, simulate_choice
@@ -284,7 +285,7 @@ def cheapest(demand: Demand, wanted: tuple[Objective, ...]) -> float:
     return found.choices[0].cost_per_hour if found.feasible else math.inf
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=examples(20))
 @given(demands, objectives, st.floats(1.0, 5.0))
 def test_more_load_never_takes_fewer_replicas(
     demand: Demand, wanted: tuple[Objective, ...], times: float
@@ -302,7 +303,7 @@ def test_more_load_never_takes_fewer_replicas(
     assert all(more[option] >= less[option] for option in less)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=examples(20))
 @given(demands, objectives, st.floats(0.2, 1.0))
 def test_a_tighter_objective_never_costs_less(
     demand: Demand, wanted: tuple[Objective, ...], factor: float
@@ -313,14 +314,14 @@ def test_a_tighter_objective_never_costs_less(
     assert cheapest(demand, tighter) >= cheapest(demand, wanted) * (1 - 1e-9)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=examples(20))
 @given(demands, objectives)
 def test_one_objective_more_never_costs_less(demand: Demand, wanted: tuple[Objective, ...]) -> None:
     """Objectives hold at once."""
     assert cheapest(demand, wanted) >= cheapest(demand, wanted[:-1]) * (1 - 1e-9)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=examples(15))
 @given(demands, objectives)
 def test_a_verdict_is_one_line_and_infeasible_ones_have_a_reason(
     demand: Demand, wanted: tuple[Objective, ...]
@@ -336,7 +337,7 @@ def test_a_verdict_is_one_line_and_infeasible_ones_have_a_reason(
         assert plan([LLAMA], demand, found.nearest, FEW).feasible
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=examples(15))
 @given(demands, st.sampled_from([H100, A100, L40S]))
 def test_a_curve_rises_and_never_beats_the_roofline(demand: Demand, gpu) -> None:
     """Latency never falls with the rate, and no step is faster than reading the weights at peak bandwidth."""

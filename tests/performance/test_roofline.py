@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from properties import examples
 from servingtiers.catalog.accelerators import accelerator, accelerators
 from servingtiers.catalog.models import model, models
 from servingtiers.performance.roofline import (
@@ -110,7 +111,7 @@ configurations = st.tuples(
 
 
 @given(configuration=configurations, factor=st.floats(1.0, 10.0))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_more_bandwidth_never_slows_decode(configuration, factor):
     shape, gpu, weights, tp, batch, context = configuration
     constants, _ = constants_for(gpu, weights)
@@ -120,7 +121,7 @@ def test_more_bandwidth_never_slows_decode(configuration, factor):
 
 
 @given(configuration=configurations, factor=st.floats(1.0, 10.0))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_more_arithmetic_never_slows_a_prompt(configuration, factor):
     shape, gpu, weights, tp, _, tokens = configuration
     constants, _ = constants_for(gpu, weights)
@@ -131,7 +132,7 @@ def test_more_arithmetic_never_slows_a_prompt(configuration, factor):
 
 
 @given(configuration=configurations)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_no_roofline_beats_the_ideal_one(configuration):
     shape, gpu, weights, tp, batch, context = configuration
     constants, _ = constants_for(gpu, weights)

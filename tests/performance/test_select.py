@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from properties import examples
 from servingtiers.catalog.accelerators import accelerator, accelerators
 from servingtiers.catalog.models import model, models
 from servingtiers.catalog.names import CatalogError
@@ -151,7 +152,7 @@ def test_a_model_that_does_not_fit_says_what_would_help():
     kv_dtype=st.sampled_from(["bf16", "fp8"]),
     speculation=st.sampled_from([None, Speculation(3, 0.7, 0.1)]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_whatever_fits_gets_a_monotone_step_model(
     shape, gpu, tensor_parallel, weights, kv_dtype, speculation
 ):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from properties import examples
 from servingtiers.api.spec import ServingTier, Tier
 from servingtiers.catalog.accelerators import accelerator
 from servingtiers.catalog.models import model as catalog_model
@@ -271,7 +272,7 @@ def test_what_cannot_be_chosen_is_refused():
         choose(tier(), OperatorConfig())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.sampled_from([shape.name for shape in models()]),
     st.sampled_from(list(Tier)),
@@ -387,7 +388,7 @@ def test_the_operator_says_what_the_planner_says():
     assert found.requests_per_second["pool"] == pytest.approx(best.pools[0].replica_rate)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     st.sampled_from(["h100-sxm-80gb", "a100-sxm-80gb", "l4-24gb"]),
     st.integers(20, 3000),

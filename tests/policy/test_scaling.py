@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policy.engine_curves import carries
+from properties import examples
 from servingtiers.api.spec import PoolScaling, ServingTierSpec, Tier
 from servingtiers.api.status import PoolMemory
 from servingtiers.core.decisions import (
@@ -961,7 +962,7 @@ def observations(draw, disaggregated: bool | None = None):
     )
 
 
-many = settings(max_examples=300, deadline=None)
+many = settings(max_examples=examples(100), deadline=None)
 
 
 @many

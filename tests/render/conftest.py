@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +10,9 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import yaml
-from jsonschema.validators import Draft202012Validator
-from kubernetes_validate.utils import schema_contents
 from pydantic import TypeAdapter
-from referencing import Registry, Resource
 
+from kubernetes_schemas import assert_valid
 from servingtiers.api.base import parse_duration
 from servingtiers.api.spec import RouterPolicy, ServingTier, Toleration
 from servingtiers.core.config import AcceleratorBinding, OperatorConfig, TelemetryConfig
@@ -25,8 +21,6 @@ from servingtiers.core.effective import PoolSettings, TierSettings
 from servingtiers.core.state import JsonObject
 from servingtiers.render import tier_objects
 
-KUBERNETES = "1.37"
-"""Version of the schemas that objects are held against."""
 GOLDEN = Path(__file__).parents[1] / "golden"
 _SETTINGS = TypeAdapter(TierSettings)
 
@@ -67,25 +61,6 @@ FOLDERS = sorted(folder for folder in GOLDEN.iterdir() if (folder / "tier.yaml")
 def scenario(request: pytest.FixtureRequest) -> Scenario:
     """Every scenario in turn."""
     return load_scenario(request.param)
-
-
-@functools.cache
-def _validator(kind: str, api_version: str) -> Draft202012Validator:
-    group = re.sub(r"^([^./]*)(?:\.[^/]*)?/", r"\1-", api_version)
-    folder = f"kubernetes-json-schema/v{KUBERNETES}.0-local-strict"
-    schema = schema_contents(f"{folder}/{kind.lower()}-{group}.json", KUBERNETES)
-    registry: Registry = Resource.from_contents(schema) @ Registry()
-    definitions = schema_contents(f"{folder}/_definitions.json", KUBERNETES)
-    return Draft202012Validator(schema, registry=Resource.from_contents(definitions) @ registry)
-
-
-def assert_valid(obj: JsonObject) -> None:
-    """Hold an object against the strict schema of Kubernetes: what ``kubernetes-validate`` does, read once.
-
-    Raises:
-        jsonschema.ValidationError: The object does not fit.
-    """
-    _validator(obj["kind"], obj["apiVersion"]).validate(obj)
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,13 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from properties import examples
 from servingtiers.catalog.engine_flags import engine_flag_names
 from servingtiers.catalog.names import CatalogError
 from servingtiers.core.decisions import PoolRole
 from servingtiers.render import engine, engine_args, pod_template
 
-SLOW = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+SLOW = settings(deadline=None, max_examples=examples(20), suppress_health_check=[HealthCheck.too_slow])
 
 
 def _template(case, pool):

@@ -8,13 +8,14 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from properties import examples
 from servingtiers.api.spec import PoolScaling, SharedPoolRef
 from servingtiers.catalog.engine_flags import router_flag_names
 from servingtiers.core.config import OperatorConfig
 from servingtiers.core.effective import pools_asked
 from servingtiers.render import router, router_args, router_template
 
-SLOW = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+SLOW = settings(deadline=None, max_examples=examples(20), suppress_health_check=[HealthCheck.too_slow])
 
 
 def _flags(args):

@@ -9,10 +9,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from properties import examples
 from servingtiers.core.decisions import PoolRole
 from servingtiers.render import ROUTER_POOL, names, tier_objects
 
-SLOW = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+SLOW = settings(deadline=None, max_examples=examples(20), suppress_health_check=[HealthCheck.too_slow])
 
 
 def _kind(objects, kind):

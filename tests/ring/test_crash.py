@@ -11,7 +11,7 @@ from ring.workloads import BASIC, WORKLOADS, differences, outcome, trajectory
 from servingtiers.adapters.cluster import Cluster
 from servingtiers.controller import Controller
 
-pytestmark = [pytest.mark.ring]
+pytestmark = [pytest.mark.ring, pytest.mark.long]
 
 
 class CrashError(BaseException):

@@ -23,7 +23,7 @@ from servingtiers.lab.kube import Kube
 from servingtiers.lab.load import LoadGenerator, TraceRequest
 from servingtiers.render import names
 
-pytestmark = [pytest.mark.ring, pytest.mark.xdist_group("demo")]
+pytestmark = [pytest.mark.ring, pytest.mark.long, pytest.mark.xdist_group("demo")]
 
 GROUP = "/apis/servingtiers.io/v1alpha1/namespaces/demo"
 PODS = "/api/v1/namespaces/demo/pods"

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from properties import examples
 from servingtiers.core.decisions import Binding, Decision, TierDecision
 from servingtiers.performance import engine_kernel as kernel
 from servingtiers.performance.engine_sim import PoolConfig, make_pool, make_requests
@@ -78,7 +79,9 @@ def test_a_slower_engine_takes_longer_by_its_factor(make_scenario):
     assert slow.last[0] - start == pytest.approx(1.25 * (plain.last[0] - start), rel=1e-9)
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=examples(20), suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     steps=st.lists(st.tuples(st.floats(0, 500), st.integers(1, 8)), max_size=8),
     seed=st.integers(0, 1000),

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from properties import examples
 from servingtiers.simulate.traces import (
     JITTER_SECONDS,
     Trace,
@@ -84,7 +85,7 @@ def test_a_cut_keeps_the_quiet_beginning():
         trace.between(400, 500)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(30))
 @given(factor=st.floats(0.05, 5.0), seed=st.integers(0, 2**31))
 def test_scaling_changes_the_count_by_the_factor_and_stays_in_order(factor, seed):
     base = synthetic("step:5:15:600", prompt=100, output=10, seed=1)
