@@ -28,8 +28,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the long tests: what begins last ends last, while the other processes have nothing left to do."""
-    items.sort(key=lambda item: "long" not in item.keywords)
+    """Begin with the longest: what begins last ends last, while the other processes have nothing left to do.
+
+    Groups of pytest-xdist begin before all else, the largest first.
+    """
+
+    def seconds(item: pytest.Item) -> float:
+        marker = item.get_closest_marker("long")
+        return marker.args[0] if marker else 0.0
+
+    items.sort(key=seconds, reverse=True)
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ async def measure(to: SimulatedEngine, grid: Grid = GRID, **options):
         return await profiler.measure(grid, **options)
 
 
-@pytest.mark.long
+@pytest.mark.long(20)
 @pytest.mark.parametrize("interval", [1, 8])
 async def test_known_step_times_are_recovered(interval):
     """Also where the server bundles eight tokens in a chunk and does not count them."""
@@ -75,7 +75,7 @@ async def test_the_file_that_is_written_is_a_profile():
     assert profile.engine.startswith("vLLM 0.")
 
 
-@pytest.mark.long
+@pytest.mark.long(16)
 async def test_what_the_engine_cannot_do_is_left_out_with_its_reason():
     small = KnownSteps(kv_capacity_tokens=8_000)
     async with engine(steps=small, max_num_seqs=4, max_model_len=2048) as to:

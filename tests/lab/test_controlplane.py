@@ -136,5 +136,7 @@ def test_processes_of_one_test_session_share_a_control_plane_until_the_last_leav
             planes[0].connection().request("GET", "/readyz", timeout=1)
         except OSError:
             break
+        except ApiError as error:  # an open connection is served while the server shuts down
+            assert error.status == 500  # noqa: PT017 - the end is awaited, not this
         assert time.monotonic() < deadline, "the shared control plane was left running"
         time.sleep(0.1)

@@ -16,7 +16,7 @@ from servingtiers.lab.demo import DemoSettings, play
 from servingtiers.lab.demo_ring import Ring, RingSettings, source_root
 from servingtiers.lab.kube import Kube
 
-pytestmark = [pytest.mark.ring, pytest.mark.long, pytest.mark.xdist_group("demo")]
+pytestmark = [pytest.mark.ring, pytest.mark.long(45), pytest.mark.xdist_group("demo")]
 
 HOLD = """
 import signal, sys, time

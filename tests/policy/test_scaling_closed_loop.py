@@ -4,6 +4,7 @@
 import heapq
 import math
 import random
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -50,8 +51,8 @@ STEP = 0.25
 def histogram(values: list[float]) -> Histogram | Zero:
     if not values:
         return Zero()
-    bounds = (*BUCKETS, math.inf)
-    return Histogram(bounds, tuple(float(sum(v <= b for v in values)) for b in bounds), sum(values))
+    bounds, ordered = (*BUCKETS, math.inf), sorted(values)
+    return Histogram(bounds, tuple(float(bisect_right(ordered, b)) for b in bounds), sum(values))
 
 
 def signal(value: float) -> Value | Zero:

@@ -22,7 +22,7 @@ from servingtiers.handlers import Options, run
 from servingtiers.lab.binaries import BinariesError
 from servingtiers.lab.controlplane import ApiError, Connection, ControlPlane, User
 
-pytestmark = [pytest.mark.ring, pytest.mark.long, pytest.mark.xdist_group("chart")]
+pytestmark = [pytest.mark.ring, pytest.mark.long(10), pytest.mark.xdist_group("chart")]
 
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 INSTALLED = "servingtiers"

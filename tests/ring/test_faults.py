@@ -8,7 +8,7 @@ from ring.harness import CHILDREN, CONFIG, Namespace, eventually, install_crd, o
 from ring.workloads import differences, outcome
 from servingtiers.lab.faults import Action, Fault, FaultProxy
 
-pytestmark = [pytest.mark.ring, pytest.mark.long]
+pytestmark = [pytest.mark.ring, pytest.mark.long(8)]
 
 WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 CALM = "calm"

@@ -270,7 +270,7 @@ async def test_a_burst_is_served_by_an_engine_that_changes_its_label_and_goes_ho
     assert any("chat needs 2 engines and has 1" in d["reason"] for d in told["batch"])
 
 
-@pytest.mark.long
+@pytest.mark.long(12)
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
 async def test_dying_after_any_write_of_a_burst_leads_to_the_same_end(control_plane, stage, every):
     """Levels, not edges: what an engine is about to do stands on its pod."""

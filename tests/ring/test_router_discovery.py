@@ -27,7 +27,8 @@ from servingtiers.lab.controlplane import Connection, ControlPlane
 from servingtiers.lab.routers import locate_router
 from servingtiers.render import engine, names, pod_template, router_args
 
-pytestmark = pytest.mark.ring
+# Beside the one long test with routers: no other process waits for what is queued behind it.
+pytestmark = [pytest.mark.ring, pytest.mark.xdist_group("routers")]
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

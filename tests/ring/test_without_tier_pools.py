@@ -10,7 +10,7 @@ from ring.harness import Namespace, eventually, install_crd, operator, tier
 from servingtiers.lab.binaries import BinariesError
 from servingtiers.lab.controlplane import ControlPlane
 
-pytestmark = [pytest.mark.ring]
+pytestmark = [pytest.mark.ring, pytest.mark.long(10)]
 
 _CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/tierpools.servingtiers.io"
 

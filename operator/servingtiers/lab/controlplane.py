@@ -18,6 +18,7 @@ import functools
 import http
 import http.client
 import json
+import os
 import secrets
 import select
 import shutil
@@ -226,7 +227,10 @@ class Connection:
         except BaseException:
             connection.close()
             raise
-        _IDLE.give(self.url, self.ca_file, connection)
+        if answer.status < http.HTTPStatus.INTERNAL_SERVER_ERROR:
+            _IDLE.give(self.url, self.ca_file, connection)
+        else:
+            connection.close()  # one that shuts down answers on what is open and refuses what is new
         if answer.status >= http.HTTPStatus.BAD_REQUEST:
             try:
                 status = json.loads(text)
@@ -373,7 +377,11 @@ class ControlPlane:
             if name in self._running and self._running[name].running:
                 return
             self._running[name] = self._children.start(
-                name, self._commands[name], log=self.folder / f"{name}.log"
+                name,
+                self._commands[name],
+                log=self.folder / f"{name}.log",
+                # Collecting garbage later takes a quarter off their processor time, for a hundred megabytes.
+                env={"GOGC": "400"} | os.environ,
             )
 
     def stop_component(self, name: str, *, kill: bool = False) -> None:
