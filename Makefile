@@ -1,6 +1,8 @@
 # ServingTiers: what you can do here. `make help` is the map.
 SHELL := /bin/bash
 PYTHON ?= python3
+# Processes of a run of tests. More than cores, because many tests wait; too many, and those that measure time fail.
+JOBS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -48,12 +50,22 @@ control-plane: setup ## Fetch or build the control plane's binaries (cached)
 helm: setup ## Fetch or build Helm and kubeconform, for the chart's tests (cached)
 	@$(BIN)/python -m servingtiers.lab.go_programs
 
+COMPILED := $(VENV)/.compiled
+PREDICT := $(BIN)/servingtiers predict --model meta-llama/Llama-3.1-8B-Instruct --accelerator h100-sxm-80gb --requests 200
+
+$(COMPILED): $(STAMP) operator/servingtiers/performance/engine_kernel.py operator/servingtiers/simulate/plant.py
+	@echo "==> compiling the event engines, once for all processes of the tests"
+	@$(PREDICT) --rate 1 >/dev/null
+	@$(PREDICT) --concurrency 4 >/dev/null
+	@$(BIN)/servingtiers simulate --trace step:1:2:300 --tier manifests/examples/balanced.yaml --no-clairvoyant >/dev/null
+	@touch $@
+
 # Dozens of Python processes start in a run: they read compiled modules, also where others are told not to write them.
 test test-properties test-crash: export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: test
-test: setup control-plane helm ## The default suite: pure tests and the API-server ring
-	@$(BIN)/python -m pytest -n 4 --dist loadgroup -m "not slow"
+test: setup control-plane helm $(COMPILED) ## The default suite: pure tests and the API-server ring
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow"
 
 # -- checks ----------------------------------------------------------------------------------------------------
 
@@ -87,7 +99,7 @@ verify-generated: setup ## Fail where a generated file is out of step
 
 .PHONY: test-properties
 test-properties: setup ## Search at random for counter-examples to the properties: ten times the examples, others each time
-	@HYPOTHESIS_EXPLORE=1 $(BIN)/python -m pytest -n 2 -m "hypothesis and not slow and not ring"
+	@HYPOTHESIS_EXPLORE=1 $(BIN)/python -m pytest -n $(JOBS) -m "hypothesis and not slow and not ring"
 
 .PHONY: test-crash
 test-crash: setup control-plane ## SIGKILL the operator after every write of a create, a scale, a spec change and a delete
