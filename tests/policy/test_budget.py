@@ -106,3 +106,14 @@ def test_what_was_missed_before_enough_stood_by_buys_no_more():
     assert later.share(0.01) > 1.0
     assert later.headroom <= early.headroom
     assert after(5, 0.02, early).headroom > early.headroom + 0.2
+
+
+def test_headroom_goes_when_the_misses_are_over_and_comes_back_sooner_than_it_went():
+    """A rush that is over need not be paid for an hour; while the hour remembers it, the next one is answered faster."""
+    rush = after(15, 0.03)
+    calm = after(20, 0.002, rush)
+    assert calm.share(0.01) > 1.0, "the hour remembers"
+    assert calm.headroom - LEAST < 0.5 * (rush.headroom - LEAST)
+    again, first = after(3, 0.03, calm), after(3, 0.03, replace(Budget(), headroom=calm.headroom))
+    assert again.headroom - calm.headroom > 1.2 * (first.headroom - calm.headroom)
+    assert after(20, 0.006, rush).headroom > rush.headroom, "as long as more than may be is missed it grows"

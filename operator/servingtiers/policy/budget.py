@@ -3,7 +3,7 @@
 Capacity says how many requests an engine carries when they come at random. Real ones come in bursts, engines differ,
 models err, and how much that takes is not known beforehand. So replicas are multiplied by a headroom that grows with
 the share of the last hour's budget that was used, as long as more than may be is missed still, and shrinks slowly while
-none is: an objective of 99 % is kept, not 100 %, which would be the dearest way to miss the point.
+that is no longer so, whatever the hour remembers: an objective of 99 % is kept, not 100 %, which would be the dearest way to miss the point.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _EVENT = 3.0
 what it tells of the next hour is little more than a bad minute does. Bursts of seconds that come all the time add up."""
 _STEEP, _NEARLY = 6.0, 0.85
 """Headroom for each budget used beyond nearly all of it, besides: 1 % is a limit, not an aim."""
-_RISE_SECONDS, _RELAX_SECONDS, _SINK_SECONDS = 240.0, 1000.0, 1500.0
-"""Time constants at which headroom follows: up, down, and down from 1."""
+_RISE_SECONDS, _SINK_SECONDS = 240.0, 1500.0
+"""Time constants at which headroom follows, up and down."""
 _FIRST_SECONDS = 900.0
 """The budget is that of so long at least, at the rate of now: in the first minutes a handful of requests is no hour."""
 
@@ -47,7 +47,8 @@ class Budget:
 
     def share(self, allowed: float) -> float:
         """Return how much of the budget is used: 1 is all of it."""
-        return self.missed / (self.asked * allowed) if self.asked > 0 else 0.0
+        budget = self.asked * allowed
+        return self.missed / budget if budget > 0 else 0.0
 
 
 def spend(
@@ -67,16 +68,14 @@ def spend(
     keep = math.exp(-seconds / _MEMORY_SECONDS)
     counted = min(missed, _EVENT * allowed * asked) if busy and not excused else 0.0
     after_asked, after_missed = keep * budget.asked + asked, keep * budget.missed + counted
-    base = max(after_asked, asked / max(seconds, 1.0) * _FIRST_SECONDS)
-    used = after_missed / (base * allowed) if base > 0 else 0.0
+    may = allowed * max(after_asked, asked / max(seconds, 1.0) * _FIRST_SECONDS)
+    used = after_missed / may if may > 0 else 0.0
     target = LEAST + _GAIN * max(used - _FREE, 0.0) + _STEEP * max(used - _NEARLY, 0.0)
     target = min(target, MOST)
     if counted <= _FREE * allowed * asked:
-        # Enough stands by for what comes now; what was missed before it was there is no reason for more.
-        target = min(target, budget.headroom)
-    if target > budget.headroom:
-        pace = _RISE_SECONDS
-    else:
-        pace = _RELAX_SECONDS if budget.headroom > FIRST else _SINK_SECONDS
+        # Enough stands by for what comes now. What was missed before it was there is no reason to keep it for an hour: if
+        # it comes again, what the hour has used brings headroom back sooner than it went.
+        target = LEAST
+    pace = _RISE_SECONDS if target > budget.headroom else _SINK_SECONDS
     headroom = budget.headroom + (target - budget.headroom) * min(seconds / pace, 1.0)
     return Budget(headroom, after_asked, after_missed)
