@@ -492,7 +492,7 @@ class _View:
 def _decide_tier(obs: TierObservation, now: float) -> TierDecision:
     owned = {pool.name: pool for pool in obs.pools}
     obs = replace(obs, pools=tuple(_as_served(pool) for pool in obs.pools))
-    views = tuple(_learned(_view(obs, pool, now), now) for pool in _with_startups(obs))
+    views = tuple(_learned(_view(obs, pool, now)) for pool in _with_startups(obs))
     acting = acts(obs.spec.scaling.mode, suspended=obs.spec.suspend) and not obs.rivalled
     may_sleep = all(view.pool.scaling.min_replicas == 0 for view in views)
     if may_sleep and all(view.pool.replicas == 0 for view in views):
@@ -501,7 +501,7 @@ def _decide_tier(obs: TierObservation, now: float) -> TierDecision:
         idle = _Idle(None, "minReplicas is above 0", 0.0)
         if may_sleep:
             idle = _idle(views, obs, now)
-        outcomes = [_serving(view, obs, now, idle, acting=acting) for view in views]
+        outcomes = [_serving(view, obs, idle, acting=acting) for view in views]
 
     memory: dict[str, PoolMemory] = {}
     for view, (decision, remembered) in zip(views, outcomes, strict=True):
@@ -549,7 +549,7 @@ def _of_deployment(decision: Decision, pool: PoolFacts) -> Decision:
     return replace(decision, current=pool.replicas, desired=max(0, pool.replicas + change))
 
 
-def _learned(view: _View, now: float) -> _View:
+def _learned(view: _View) -> _View:
     """Return the view with what this reading teaches in its memory."""
     curve = view.pool.curve
     if curve is None:
@@ -577,7 +577,7 @@ def _learned(view: _View, now: float) -> _View:
         standing=settled and view.queue_stands and view.settled(view.load.window + view.mean_queue),
         missed=missed,
     )
-    return replace(view, memory=learn(view.memory, lesson, now))
+    return replace(view, memory=learn(view.memory, lesson, view.now))
 
 
 def _short(view: _View) -> bool:
@@ -690,9 +690,7 @@ def _asleep(view: _View, obs: TierObservation) -> tuple[Decision, PoolMemory]:
     ), remembered
 
 
-def _serving(
-    view: _View, obs: TierObservation, now: float, idle: _Idle, *, acting: bool
-) -> tuple[Decision, PoolMemory]:
+def _serving(view: _View, obs: TierObservation, idle: _Idle, *, acting: bool) -> tuple[Decision, PoolMemory]:
     pool, scaling = view.pool, view.pool.scaling
     current = pool.replicas
     floor = max(scaling.min_replicas, 1)
@@ -716,23 +714,23 @@ def _serving(
             )
         return decision, view.memory.model_copy(update=kept | update)
 
-    if idle.over(now) and idle.since is not None:
+    if idle.over(view.now) and idle.since is not None:
         return done(
             _decision(
                 view,
                 0,
                 Binding.IDLE,
-                f"Goes to zero: idle for {in_words(now - idle.since)} (idleAfter {in_words(idle.after)});"
+                f"Goes to zero: idle for {in_words(view.now - idle.since)} (idleAfter {in_words(idle.after)});"
                 f" {idle.evidence}.",
                 "One request to the tier's endpoint wakes it.",
             )
         )
     if current > ceiling:
-        return done(_over_the_maximum(view, ceiling, now, acting=acting))
+        return done(_over_the_maximum(view, ceiling, acting=acting))
 
     wanted = need.replicas if need is not None else 0
     if acting and need is not None and current >= floor:
-        regret = _regret(view, need, now)
+        regret = _regret(view, need)
         if regret is not None:
             return done(regret)
     if max(wanted, floor) > current:
@@ -764,10 +762,10 @@ def _serving(
             binding, reason, change = need.binding, need.reason, need.would_change
         return done(_decision(view, current, binding, reason, change))
 
-    return _shrink(view, obs, now, floor, futile, acting=acting, done=done)
+    return _shrink(view, obs, floor, futile, acting=acting, done=done)
 
 
-def _regret(view: _View, need: _Need, now: float) -> Decision | None:
+def _regret(view: _View, need: _Need) -> Decision | None:
     """Return the decision to wait where a need would only take back what has just been given up; None otherwise.
 
     The readings of now still tell of the larger pool, and of its requests that moved over. A need for more than the
@@ -776,7 +774,7 @@ def _regret(view: _View, need: _Need, now: float) -> Decision | None:
     current, last = view.pool.replicas, view.memory.last_scale_down
     if last is None or need.replicas <= current:
         return None
-    passed = now - from_time(last)
+    passed = view.now - from_time(last)
     patience = min(hold_seconds(view.pool, view.memory)[0], _REGRET_SECONDS)
     # Steps down are 1 or a fifth of the larger pool.
     before = current + max(1, math.ceil(current / 4))
@@ -798,7 +796,6 @@ _EASE = "A longer objective, a faster accelerator or a larger tensorParallel."
 def _shrink(
     view: _View,
     obs: TierObservation,
-    now: float,
     floor: int,
     futile: str | None,
     *,
@@ -806,7 +803,7 @@ def _shrink(
     done: Callable[..., tuple[Decision, PoolMemory]],
 ) -> tuple[Decision, PoolMemory]:
     """Take replicas away once fewer have sufficed for the whole hold."""
-    memory, current = view.memory, view.pool.replicas
+    memory, current, now = view.memory, view.pool.replicas, view.now
     own_hold = view.pool.scaling.scale_down_hold is not None
     least = _least(view, floor)
     since, peak = now, least
@@ -890,13 +887,13 @@ def _least(view: _View, floor: int) -> int:
     return fewest
 
 
-def _over_the_maximum(view: _View, ceiling: int, now: float, *, acting: bool) -> Decision:
+def _over_the_maximum(view: _View, ceiling: int, *, acting: bool) -> Decision:
     """Go down to a maximum that was lowered: the user's order needs no evidence, only patience."""
     current = view.pool.replicas
     change = f"A maxReplicas of {current} or more."
     limited = f"maxReplicas is {ceiling}"
     if acting:
-        pause = _pause(view.memory, now)
+        pause = _pause(view.memory, view.now)
         if view.pool.terminating:
             pause = f"{view.pool.terminating} replicas are still draining."
         if pause is not None:
