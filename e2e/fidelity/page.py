@@ -47,8 +47,8 @@ def page(results: dict[str, Any]) -> str:
             f" {trace['from']} s on, lengths × {trace['lengthScale']} (mean {results['lengths']['prompt']} prompt and"
             f" {results['lengths']['output']} output tokens), at shares of what the simulator says the engines sustain,"
             f" {results['capacity']} requests/s each. Network, HTTP and client cost {results['overheadMs']} ms a request in the"
-            f" profile (a request after a pause, the median); the simulator adds that before each request, {_router(results)}, and"
-            " nothing else. The router takes two engines in turn."
+            f" profile (a request after a pause, the median), the router {results['routerMs']} ms more (idle, too); the simulator adds"
+            " that before each request, and nothing else. The router takes two engines in turn."
         ),
         "",
         (
@@ -121,19 +121,14 @@ def page(results: dict[str, Any]) -> str:
         ),
         "A client that leaves late by hundreds of milliseconds also reads late: such a point shows the client's wait for a",
         "processor, not the engine. Two engines with router and client need more than two cores at loads that one engine and",
-        "client carry.",
+        "client carry: whenever both engines compute, requests on their way through router and front ends wait for a turn,",
+        "and the simulator's engines have a processor each.",
         *_no_verdict(results["points"]),
         "How the step model does on GPUs is in",
         "[the performance model](performance-model.md).",
         "",
     ]
     return "\n".join(lines)
-
-
-def _router(results: dict[str, Any]) -> str:
-    """Return what is told of the router's share of a request."""
-    ms = results.get("routerMs")
-    return "nothing for the router" if ms is None else f"{ms} ms more behind the router (measured idle, too)"
 
 
 def _no_verdict(points: list[dict[str, Any]]) -> list[str]:

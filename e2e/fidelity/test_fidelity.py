@@ -55,8 +55,14 @@ def _tier(name, replicas):
         "Balanced",
         replicas=(replicas, replicas),
         model={"name": MODEL, "source": {"persistentVolumeClaim": {"claimName": "models", "path": MODEL}}},
-        # What the simulator does exactly; the others depend on what the router sees at the moment.
-        router={"replicas": 1, "policy": "round_robin"},
+        router={
+            "replicas": 1,
+            # What the simulator does exactly; the others depend on what the router sees at the moment.
+            "policy": "round_robin",
+            # As much as two engines have of processors that do not suffice: with the share of the scenarios, a hundredth
+            # of one, every request waits its turn at the router.
+            "resources": {"requests": {"cpu": "500m", "memory": "64Mi"}},
+        },
         engine_settings=engine(
             batch=ENGINE.max_num_seqs,
             arguments={"block-size": str(ENGINE.block_size)},
