@@ -288,7 +288,7 @@ def _profiled(
             raise ValueError(f"--profile is of one engine, and {allowed} {what} values are allowed: give one")
     profile, limits = load_profile(path), constraints.batch_limits
     if limits is BATCH_LIMITS:  # nobody asked for certain ones
-        largest = hull_of(profile.rows).largest_batch(demand.prompt_tokens + demand.output_tokens / 2.0)
+        largest = hull_of(profile.rows).largest_batch(demand.context)
         limits = tuple(limit for limit in limits if limit <= largest) or limits[:1]
     return replace(constraints, profile=profile, batch_limits=limits)
 

@@ -137,6 +137,11 @@ class Demand:
         if not 0.0 <= self.prefix_hit_rate <= 1.0:
             raise ValueError(f"prefix hit rate {self.prefix_hit_rate:g}: use a share from 0 to 1")
 
+    @property
+    def context(self) -> float:
+        """KV tokens of a sequence that decodes, on average."""
+        return self.prompt_tokens + self.output_tokens / 2.0
+
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
@@ -632,7 +637,7 @@ def budget_for_gap(steps: GridStepModel, demand: Demand, gap_ms: float, most: in
         most: The largest budget that may be chosen.
         max_num_seqs: The batch limit, which a budget is never below.
     """
-    context = demand.prompt_tokens + demand.output_tokens / 2.0
+    context = demand.context
     beside = min(32, max_num_seqs)
     for budget in (16384, 8192, 4096, 2048, 1024):
         if budget > most:
@@ -777,7 +782,7 @@ def _pool(worth: _Worth, demand: Demand, constraints: Constraints, rate: float |
     band = model.band_percent(
         min(prompt, option.max_num_batched_tokens),
         0.0 if worth.role is Role.PREFILL else max(point.mean_batch, 1.0),
-        demand.prompt_tokens + demand.output_tokens / 2.0,
+        demand.context,
     )
     return PoolChoice(
         role=worth.role,

@@ -76,7 +76,7 @@ def judge(
         try:
             engine = _engine(shape, pool, demand.prompt_tokens)
             carried = sizing.carried(engine, demand, sizing.objectives_of(goals, pool.role))
-            context = demand.prompt_tokens + demand.output_tokens / 2.0
+            context = demand.context
             prompt = min(
                 demand.prompt_tokens * (1.0 - demand.prefix_hit_rate), engine.limits.max_num_batched_tokens
             )

@@ -486,7 +486,7 @@ def _curve(engine: Engine, found: Curve, demand: Demand, objectives: tuple[Objec
         case PoolRole.DECODE:
             share = 0.0
         case _:
-            context = demand.prompt_tokens + demand.output_tokens / 2.0
+            context = demand.context
             decoding = engine.step.grid.decode_step_ms(max(last.mean_batch, 1.0), context)
             share = min(max(1.0 - decoding / last.tpot.mean, 0.0), 1.0)
     return EngineCurve(
