@@ -66,6 +66,26 @@ async def test_known_step_times_are_recovered(interval):
     assert measured.requests <= GRID.requests
 
 
+class FasterBesidePrompts(KnownSteps):
+    """From the first mixed step on a third faster: machines do not keep their pace."""
+
+    pace = 1.0
+
+    def step_ms(self, prompt_tokens, prompt_past_tokens, decoding, kv_tokens):
+        if prompt_tokens and decoding:
+            type(self).pace = 2 / 3
+        return self.pace * super().step_ms(prompt_tokens, prompt_past_tokens, decoding, kv_tokens)
+
+
+async def test_a_change_of_pace_does_not_count_as_the_prompts_time():
+    """It would count once for each of the steps around a prompt."""
+    async with engine(steps=FasterBesidePrompts()) as to:
+        measured = await measure(to, replace(GRID, batches=(1, 2), contexts=(128, 512)))
+    (mixed,) = [row for row in measured.rows if row.kind == "mixed" and row.context == 512]
+    alone = STEPS.step_ms(0, 0, mixed.batch, mixed.batch * 512)
+    assert mixed.ms == pytest.approx(alone + 2 / 3 * 0.05 * 512, abs=3.0)
+
+
 async def test_the_file_that_is_written_is_a_profile():
     async with engine() as to:
         measured = await measure(to, replace(GRID, batches=(1, 2), mixed=False))

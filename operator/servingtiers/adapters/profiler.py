@@ -10,6 +10,7 @@ Prompts are sent as token ids: their length is exact, and no two share a prefix 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import random
@@ -385,14 +386,17 @@ class EngineProfiler:
             return None
         began = max(stream.progress()[0][0] for stream in streams)
         ended = min(stream.progress()[-1][0] for stream in streams)
+        # Against the pace of these very streams: the pause spans several steps, and what that pace differs by from the
+        # decode steps measured before would count as the prompt's, several times. Of differences the median counts.
+        pace = _pace_ms(streams, pauses, began)
         found = [
             extra
             for begin, end in pauses
             if began < begin and end < ended
-            for extra in [median(_pause_ms(stream, begin, end, alone_ms) for stream in streams)]
+            for extra in [median(_pause_ms(stream, begin, end, pace) for stream in streams)]
             if math.isfinite(extra)
         ]
-        return alone_ms + max(min(found), 0.0) if found else None
+        return alone_ms + max(median(found), 0.0) if found else None
 
     # -- requests -----------------------------------------------------------------------------------------
     def _prompt(self, tokens: int) -> list[int]:
@@ -576,3 +580,14 @@ def _pause_ms(stream: Stream, begin: float, end: float, alone_ms: float) -> floa
         return math.nan
     (t0, n0), (t1, n1) = before[-1], after[0]
     return 1e3 * (t1 - t0) - (n1 - n0) * alone_ms
+
+
+def _pace_ms(streams: Sequence[Stream], pauses: Sequence[tuple[float, float]], began: float) -> float:
+    """Return the median time of a token between the prompts, ms; NaN where there is none."""
+    gaps = [
+        1e3 * (later - earlier) / (many - few)
+        for stream in streams
+        for (earlier, few), (later, many) in itertools.pairwise(stream.progress())
+        if earlier >= began and not any(begin <= later and earlier <= end for begin, end in pauses)
+    ]
+    return median(gaps) if gaps else math.nan
