@@ -4,50 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import math
-import os
 import time
 
+from harness.generator import bench_serve
 from harness.kube import WaitError, pod_ready, wait_for
 from harness.tiers import tier
 from harness.traffic import Traffic
-from onenode import programs
 
 ACCELERATORS = 3
 WAITING_LIMIT = 2
 TTFT_TARGET = 1.0
 RATE, REQUESTS, OUTPUT = 3.0, 360, 640
 """Requests per second, for 120 s, of long outputs: two to three times what one engine carries here."""
-
-
-async def _bench(places, url, *, rate, requests, output):
-    """Run ``vllm bench serve`` and return its result."""
-    python = programs.engine(places) / "bin" / "python"
-    result = places.state / "bench.json"
-    result.unlink(missing_ok=True)
-    process = await asyncio.create_subprocess_exec(
-        *(
-            str(python),
-            "-m",
-            "vllm.entrypoints.cli.main",
-            "bench",
-            "serve",
-            "--backend",
-            "vllm",
-            "--base-url",
-            url,
-        ),
-        *("--model", "tiny", "--tokenizer", str(places.model / "tiny"), "--dataset-name", "random"),
-        *("--random-input-len", "48", "--random-output-len", str(output), "--num-prompts", str(requests)),
-        *("--request-rate", str(rate), "--ignore-eos", "--percentile-metrics", "ttft,tpot,e2el"),
-        *("--save-result", "--result-filename", str(result), "--disable-tqdm"),
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_TARGET_DEVICE": "cpu", "VLLM_NO_USAGE_STATS": "1"},
-        stdout=(places.state / "bench.log").open("wb"),
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    assert await process.wait() == 0, (places.state / "bench.log").read_text()[-600:]
-    return json.loads(result.read_text())
 
 
 async def test_replicas_follow_the_load_and_wait_for_accelerators_and_nobody_notices(
@@ -104,7 +73,7 @@ async def test_replicas_follow_the_load_and_wait_for_accelerators_and_nobody_not
     light = Traffic(url, rate=0.5, prompt_tokens=48, output_tokens=16, seed=2, timeout=300)
     async with light.running():
         watching = asyncio.create_task(watch())
-        bench = await _bench(cluster.places, url, rate=RATE, requests=REQUESTS, output=OUTPUT)
+        bench = await bench_serve(cluster.places, url, rate=RATE, requests=REQUESTS, output_tokens=OUTPUT)
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
         sizes: list[int] = []

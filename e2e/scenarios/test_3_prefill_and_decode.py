@@ -9,11 +9,13 @@ import time
 import aiohttp
 import pytest
 
+from harness.generator import bench_serve
 from harness.kube import pod_ready, scrape, total, wait_for
 from harness.tiers import disaggregated
 from harness.traffic import Traffic, ask, prompt
 from servingtiers.core.vllm_metrics import ROUTER_METRICS
 
+REQUESTS, PROMPT, OUTPUT = 40, 96, 8
 SOURCE = "vllm:prompt_tokens_by_source_total"
 
 
@@ -25,21 +27,29 @@ def _tokens(pages, source):
     return sum(total(page, SOURCE, f'source="{source}"') for page in pages)
 
 
-async def test_decode_gets_its_prompts_from_prefill_and_the_pools_scale_apart(product, kube, figures):
+async def test_decode_gets_its_prompts_from_prefill_and_the_pools_scale_apart(
+    product, kube, cluster, figures
+):
     kube.apply(disaggregated("split", prefill=(1, 2), decode=(1, 2)))
     ready = kube.wait_ready("split", seconds=300)
     url = kube.service_url("split")
     rng = random.Random(3)
-    answers = []
     async with aiohttp.ClientSession() as session:
         # The first transfer between two engines pays for their handshake.
         for _ in range(3):
             await ask(session, url, tokens=2, text=prompt(40, rng))
-        first = _pages(kube, "split", "decode")
-        answers = [await ask(session, url, tokens=8, text=prompt(96, rng)) for _ in range(30)]
-    failed = [each for each in answers if not each.ok]
-    assert failed == []
-    assert [each.tokens for each in answers] == [8] * len(answers)
+    first = _pages(kube, "split", "decode")
+    bench = await bench_serve(
+        cluster.places,
+        url,
+        rate=3,
+        requests=REQUESTS,
+        prompt_tokens=PROMPT,
+        output_tokens=OUTPUT,
+    )
+    assert bench["failed"] == 0
+    assert bench["completed"] == REQUESTS
+    assert bench["total_output_tokens"] == REQUESTS * OUTPUT
 
     decode, prefill = _pages(kube, "split", "decode"), _pages(kube, "split", "prefill")
     sources = {
@@ -47,7 +57,7 @@ async def test_decode_gets_its_prompts_from_prefill_and_the_pools_scale_apart(pr
         for source in ("external_kv_transfer", "local_compute", "local_cache_hit")
     }
     moved, prompts = sources["external_kv_transfer"], sum(sources.values())
-    assert prompts > 30 * 90
+    assert prompts >= REQUESTS * PROMPT
     assert moved >= 0.95 * prompts, sources
     assert _tokens(prefill, "local_compute") + _tokens(prefill, "local_cache_hit") >= moved
 
@@ -73,11 +83,11 @@ async def test_decode_gets_its_prompts_from_prefill_and_the_pools_scale_apart(pr
 
     (router,) = kube.routers("split")
     page = scrape(f"{kube.pod_url(router, 29000)}/metrics")
-    assert total(page, ROUTER_METRICS.pd_completed) >= len(answers) + len(more)
+    assert total(page, ROUTER_METRICS.pd_completed) >= REQUESTS + len(more)
 
     figures(
         f"Ready {ready:.0f} s after apply; {moved:.0f} of {prompts:.0f} prompt tokens ({moved / prompts:.1%}) reached "
-        f"decode by transfer; {len(answers) + len(more)} of {len(answers) + len(more)} answered; decode 1→2 in "
+        f"decode by transfer; {REQUESTS + len(more)} of {REQUESTS + len(more)} answered; decode 1→2 in "
         f"{grown:.0f} s beside an untouched prefill"
     )
 

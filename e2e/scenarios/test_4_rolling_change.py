@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 
-from harness.kube import pod_ready, wait_for
+from harness.generator import bench_serve
+from harness.kube import pod_ready, scrape, total, wait_for
 from harness.tiers import tier
 from harness.traffic import Traffic
 
-STREAMS = 50
+STREAMS, RATE, OUTPUT = 200, 2.0, 900
+"""Streams, how many a second, and their tokens, as many as the model allows."""
+LEAST = 50
+"""Streams that must begin while engines are replaced."""
 BATCHES = 8, 6
 """Largest batch before the change and after it."""
 
@@ -25,7 +28,6 @@ async def test_a_rollout_without_a_free_accelerator_breaks_no_stream(product, ku
     strategy = kube.get("deployment", "chat-pool")["spec"]["strategy"]["rollingUpdate"]
     assert strategy["maxSurge"] == 0  # a surge would wait for an accelerator for ever
 
-    traffic = Traffic(kube.service_url("chat"), rate=2, prompt_tokens=32, output_tokens=900, seed=4)
     most = 0
 
     def rolled():
@@ -35,22 +37,35 @@ async def test_a_rollout_without_a_free_accelerator_breaks_no_stream(product, ku
         new = [pod for pod in pods if pod["metadata"]["uid"] not in old]
         return len(pods) == 2 and len(new) == 2 and all(pod_ready(pod) for pod in new)
 
-    async with traffic.running():
-        await asyncio.sleep(5)
-        begun = time.monotonic()
+    def streams():
+        pages = [scrape(f"{kube.pod_url(pod)}/metrics") for pod in kube.engines("chat")]
+        return sum(total(page, "vllm:num_requests_running") for page in pages)
+
+    async with asyncio.TaskGroup() as tasks:
+        load = tasks.create_task(
+            bench_serve(
+                cluster.places,
+                kube.service_url("chat"),
+                rate=RATE,
+                requests=STREAMS,
+                prompt_tokens=32,
+                output_tokens=OUTPUT,
+            )
+        )
+        await asyncio.to_thread(wait_for, "streams", 120, lambda: streams() >= 4)
         kube.patch("servingtier", "chat", {"spec": {"pool": {"engine": {"maxNumSeqs": BATCHES[1]}}}})
         took = await asyncio.to_thread(wait_for, "all engines replaced", 420, rolled)
-        during = time.monotonic() - begun
-        # Enough streams to say something, over the change and a little after.
-        await asyncio.sleep(max(5.0, STREAMS / traffic.rate + 10 - during))
-    lengths = [each.seconds for each in traffic.answers if each.ok]
+    bench = load.result()
+    short = STREAMS * OUTPUT - bench["total_output_tokens"]
     figures(
-        f"2 engines replaced in {took:.0f} s; {traffic.summary()};"
-        f" streams of {sum(lengths) / max(1, len(lengths)):.1f} s on average; at most {most} engine pods at once"
+        f"2 engines replaced in {took:.0f} s; {bench['completed']} of {STREAMS} streams complete, {bench['failed']} failed,"
+        f" {short} tokens missing; TTFT p50 {bench['median_ttft_ms'] / 1e3:.2f} s p99 {bench['p99_ttft_ms'] / 1e3:.2f} s,"
+        f" streams of {bench['mean_e2el_ms'] / 1e3:.1f} s on average; at most {most} engine pods at once"
     )
-    assert len(traffic.answers) >= STREAMS
-    assert traffic.broken == []
-    assert traffic.failed == []
+    assert min(took, STREAMS / RATE) * RATE >= LEAST
+    assert bench["completed"] == STREAMS
+    assert bench["failed"] == 0
+    assert short == 0  # a stream that breaks off ends with fewer tokens than were asked for
     assert most <= 2
 
 

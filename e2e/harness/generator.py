@@ -1,0 +1,61 @@
+"""vLLM's own load generator, ``vllm bench serve``, from the engine's environment."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from harness.tiers import MODEL
+from onenode import programs
+from onenode.places import Places
+
+__all__ = ["bench_serve"]
+
+
+async def bench_serve(
+    places: Places, url: str, *, rate: float, requests: int, prompt_tokens: int = 48, output_tokens: int
+) -> dict[str, Any]:
+    """Send streams of random prompts at Poisson times; return what the generator wrote.
+
+    Args:
+        places: Where engine and model are.
+        url: Of a tier's router.
+        rate: Requests per second.
+        requests: How many.
+        prompt_tokens: Tokens of each prompt.
+        output_tokens: Tokens of each answer; a stream that ends early makes ``total_output_tokens`` fall short.
+    """
+    python = programs.engine(places) / "bin" / "python"
+    with tempfile.TemporaryDirectory(dir=places.state) as folder:
+        log, result = Path(folder) / "log", Path(folder) / "result.json"
+        with log.open("wb") as said:
+            process = await asyncio.create_subprocess_exec(
+                *(str(python), "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
+                *("--backend", "vllm", "--base-url", url),
+                *("--model", MODEL, "--tokenizer", str(places.model / MODEL), "--dataset-name", "random"),
+                *("--random-input-len", str(prompt_tokens), "--random-output-len", str(output_tokens)),
+                *("--num-prompts", str(requests), "--request-rate", str(rate), "--ignore-eos"),
+                *("--percentile-metrics", "ttft,tpot,e2el"),
+                *("--save-result", "--result-filename", str(result), "--disable-tqdm"),
+                env={
+                    **os.environ,
+                    "HF_HUB_OFFLINE": "1",
+                    "VLLM_TARGET_DEVICE": "cpu",
+                    "VLLM_NO_USAGE_STATS": "1",
+                },
+                stdout=said,
+                stderr=asyncio.subprocess.STDOUT,
+            )
+            try:
+                code = await process.wait()
+            except asyncio.CancelledError:
+                process.kill()
+                await process.wait()
+                raise
+        assert code == 0, log.read_text()[-600:]
+        found: dict[str, Any] = json.loads(result.read_text())
+        return found
