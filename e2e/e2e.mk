@@ -10,7 +10,7 @@ e2e-up: setup ## Bring that cluster up and leave it up
 e2e-down: setup ## Remove that cluster and those of scenarios side by side; programs and images stay in the cache
 	@cd e2e && ../$(BIN)/python -m onenode down
 
-e2e-fidelity: setup ## The simulator against a real engine under a real trace (root; SECONDS=60 a run)
+e2e-fidelity: setup ## The simulator against a real engine under a real trace (root; half an hour; SECONDS=45 a run)
 	@cd e2e && ../$(BIN)/python -m pytest -q -s fidelity
 
 e2e-rival: setup ## The operator beside KEDA with the HPA, the same load on the same real engines (root; REPEATS=2, AFTER=330; KEDA is built once)
