@@ -60,6 +60,8 @@ _SELECTOR = f"{names.MANAGED_BY_LABEL}={names.MANAGED_BY}"
 class _TierState:
     """What one process remembers of one tier; losing it costs at most a restarted hold."""
 
+    uid: str
+    """Of the tier: another one of the same name has another past."""
     watching_since: float
     load: TierLoad = field(default_factory=TierLoad)
     load_at: float | None = None
@@ -188,6 +190,7 @@ class Controller:
         namespaces: Sequence[str | None] = self._config.namespaces or [None]
         kinds = (TIER, TIER_POOL, *WATCHED, AUTOSCALER)
         for kind in kinds:
+            self.store.list_begins()
             try:
                 items, version = await self._list(kind, namespaces)
             except ApiError as error:
@@ -206,9 +209,13 @@ class Controller:
             self._unserved.discard(kind.kind)
             self._heard[kind.kind] = time.monotonic()
             if kind is TIER:
+                held = {key: group_of(tier) for key, tier in self.store.tiers.items()}
                 for key in self.store.relist_tiers(items, version):
                     self._by_label[key[0], names.slug(key[1])] = key
                     self._enqueue_tier(key)
+                    # As when a watch tells it: the group that a tier was in has to do without it.
+                    if key in held:
+                        self.queue.add(held[key])
             elif kind is TIER_POOL:
                 for group in self.store.relist_pools(items, version):
                     self.queue.add(group)
@@ -239,17 +246,20 @@ class Controller:
     async def read_loads(self) -> None:
         """Read the load of all tiers at once."""
         now = self._clock()
-        targets: dict[str, tuple[Key, TierTargets]] = {}
+        targets: dict[str, tuple[Key, str, TierTargets]] = {}
         for key, raw in list(self.store.tiers.items()):
             try:
                 tier = ServingTier.model_validate(raw)
             except ValidationError:
                 continue  # its condition says what is wrong; there is nothing to read
             target = facts.telemetry_targets(tier, *self.store.belonging_to(key), self._guests(key))
-            targets[target.key] = (key, target)
-        loads = await self._loads.read([target for _, target in targets.values()], now)
-        for name, (key, _) in targets.items():
-            state = self._state(key)
+            targets[target.key] = (key, tier.metadata.uid, target)
+        loads = await self._loads.read([target for _, _, target in targets.values()], now)
+        for name, (key, uid, _) in targets.items():
+            current = self.store.tiers.get(key)
+            if current is None or current["metadata"]["uid"] != uid:
+                continue  # it went while its engines were asked, and what they said is not its successor's
+            state = self._state(key, uid)
             if (load := loads.get(name)) is not None:
                 state.load, state.load_at = load, now
 
@@ -290,10 +300,11 @@ class Controller:
 
     # -- one group ---------------------------------------------------------------------------------------------
 
-    def _state(self, key: Key) -> _TierState:
-        if key not in self._states:
-            self._states[key] = _TierState(watching_since=self._clock())
-        return self._states[key]
+    def _state(self, key: Key, uid: str) -> _TierState:
+        state = self._states.get(key)
+        if state is None or state.uid != uid:
+            state = self._states[key] = _TierState(uid, watching_since=self._clock())
+        return state
 
     async def reconcile(self, key: Key) -> float | None:
         """Look at one tier, or at all that share a TierPool with it, plan, write.
@@ -327,7 +338,7 @@ class Controller:
             self._busy -= keys
 
     async def _reconcile(self, group: Key, members: Sequence[tuple[Key, JsonObject]]) -> float:
-        states = [self._state(key) for key, _ in members]
+        states = [self._state(key, raw["metadata"]["uid"]) for key, raw in members]
         seen = [
             await self._gather(key, raw, state) for (key, raw), state in zip(members, states, strict=True)
         ]

@@ -103,6 +103,33 @@ def test_a_relist_that_was_asked_for_before_our_write_does_not_undo_it():
     assert names(store) == [("a", 9)]
 
 
+def test_a_relist_does_not_bring_back_what_was_deleted_since_it_was_asked_for():
+    """The watch was faster than the list's answer."""
+    store = Store(LABEL)
+    store.see(obj("a"))
+    store.see_tier(member("chat"))
+    store.list_begins()
+    store.forget(obj("a"))
+    store.forget_tier(member("chat"))
+
+    assert store.relist("Deployment", "apps/v1", [obj("a"), obj("b", uid="u2")], 8) == {("n", "chat")}
+    assert names(store) == [("b", 1)]
+    assert store.relist_tiers([member("chat")], 8) == set()
+    assert not store.tiers
+
+
+def test_what_is_seen_again_after_its_deletion_was_noted_is_in_a_list_as_well():
+    """We deleted it, and it waits for a finalizer; or it lost its label and has it again."""
+    store = Store(LABEL)
+    store.see(obj("a"))
+    store.list_begins()
+    store.forget(obj("a"))
+    store.see(obj("a", version=2))
+    store.relist("Deployment", "apps/v1", [obj("a", version=3)], 8)
+
+    assert names(store) == [("a", 3)]
+
+
 def test_objects_are_found_by_how_the_label_spells_the_tier():
     """A tier's name may be longer than a label value."""
     store = Store(LABEL, label_value=lambda name: name[:4])
@@ -173,4 +200,9 @@ def test_pools_go_forward_and_are_compared_by_uid_too():
     assert store.relist_pools([pool(5)], 6) == set()
     assert store.relist_pools([], 4) == set(), "newer than the list"
     assert store.relist_pools([], 6) == {key}
+    assert not store.pools
+    store.see_pool(pool(7))
+    store.list_begins()
+    store.forget_pool(pool(8))
+    assert store.relist_pools([pool(7)], 8) == set(), "deleted while the list's answer was under way"
     assert not store.pools

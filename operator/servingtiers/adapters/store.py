@@ -61,6 +61,26 @@ class Store:
         self._objects: dict[Ref, JsonObject] = {}
         self._by_tier: dict[Key, set[Ref]] = defaultdict(set)
         self._autoscalers: dict[str, dict[Ref, JsonObject]] = defaultdict(dict)
+        self._forgotten: set[str] = set()
+        """Uids of what was deleted since a list was asked for: its answer may still tell of them."""
+
+    # -- lists -------------------------------------------------------------------------------------------------
+
+    def list_begins(self) -> None:
+        """Say that a list is about to be asked for; one at a time."""
+        self._forgotten.clear()
+
+    def _still_there(self, items: Iterable[JsonObject]) -> list[JsonObject]:
+        """Return what of a list was not deleted while its answer was under way."""
+        return [obj for obj in items if obj["metadata"].get("uid") not in self._forgotten]
+
+    def _gone(self, obj: Mapping[str, Any]) -> None:
+        if (uid := obj["metadata"].get("uid")) is not None:
+            self._forgotten.add(uid)
+
+    def _back(self, obj: Mapping[str, Any]) -> None:
+        """Take note that an object is there after all: a label came back, or its deletion waits for others."""
+        self._forgotten.discard(obj["metadata"].get("uid", ""))
 
     # -- tiers -------------------------------------------------------------------------------------------------
 
@@ -71,10 +91,12 @@ class Store:
         if held is not None and _version(held) >= _version(tier):
             return False
         self.tiers[key] = tier
+        self._back(tier)
         return True
 
     def forget_tier(self, tier: JsonObject) -> None:
         """Drop a deleted tier, unless one of the same name has come since."""
+        self._gone(tier)
         key = key_of_tier(tier)
         held = self.tiers.get(key)
         if held is not None and held["metadata"]["uid"] == tier["metadata"]["uid"]:
@@ -100,10 +122,12 @@ class Store:
         if held is not None and _version(held) >= _version(pool):
             return None
         self.pools[key] = pool
+        self._back(pool)
         return key
 
     def forget_pool(self, pool: JsonObject) -> Key | None:
         """Drop a deleted TierPool, unless one of the same name has come since; return its group's key."""
+        self._gone(pool)
         key = _key_of_pool(pool)
         held = self.pools.get(key)
         if held is None or held["metadata"]["uid"] != pool["metadata"]["uid"]:
@@ -113,7 +137,7 @@ class Store:
 
     def relist_pools(self, items: Iterable[JsonObject], version: int) -> set[Key]:
         """Replace the TierPools by a list of that version; return the keys of groups with a new, changed or gone one."""
-        fresh = {_key_of_pool(pool): pool for pool in items}
+        fresh = {_key_of_pool(pool): pool for pool in self._still_there(items)}
         gone = {key for key, held in self.pools.items() if key not in fresh and _version(held) <= version}
         for key in gone:
             del self.pools[key]
@@ -124,6 +148,7 @@ class Store:
 
     def see(self, obj: JsonObject) -> Key | None:
         """Take in an object; return namespace and label value of the tier it belongs to when it is news."""
+        self._back(obj)
         ref = Ref.of(obj)
         if ref.kind == _AUTOSCALER:
             self._autoscalers[ref.namespace][ref] = obj
@@ -142,6 +167,7 @@ class Store:
 
     def forget(self, obj: JsonObject) -> Key | None:
         """Drop a deleted object, unless one of the same name has come since; return as ``see`` does."""
+        self._gone(obj)
         ref = Ref.of(obj)
         if ref.kind == _AUTOSCALER:
             self._autoscalers[ref.namespace].pop(ref, None)
@@ -162,7 +188,7 @@ class Store:
 
         What is newer than the list (our own writes since it was asked for) stays.
         """
-        fresh = {Ref.of(obj): obj for obj in items}
+        fresh = {Ref.of(obj): obj for obj in self._still_there(items)}
         if kind == _AUTOSCALER:
             self._autoscalers.clear()
         affected: set[Key] = set()
@@ -183,7 +209,7 @@ class Store:
 
     def relist_tiers(self, items: Iterable[JsonObject], version: int) -> set[Key]:
         """Replace the tiers by a list of that version; return the keys of those that are new, changed or gone."""
-        fresh = {key_of_tier(tier): tier for tier in items}
+        fresh = {key_of_tier(tier): tier for tier in self._still_there(items)}
         gone = {key for key, held in self.tiers.items() if key not in fresh and _version(held) <= version}
         for key in gone:
             del self.tiers[key]
