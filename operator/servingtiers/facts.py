@@ -15,7 +15,7 @@ from servingtiers.core.effective import PoolAsked, PoolSettings, pools_asked
 from servingtiers.core.sharing import SharedEngine
 from servingtiers.core.signals import Signal, Unknown, Value, Zero
 from servingtiers.core.state import JsonObject, Ref
-from servingtiers.core.telemetry import PodTarget, PoolTargets, TierTargets
+from servingtiers.core.telemetry import MAX_FUTURE, PodTarget, PoolTargets, TierTargets
 from servingtiers.core.times import from_time
 from servingtiers.render import engine, names, router
 
@@ -164,7 +164,8 @@ def shared_engines(
                 ready=_condition(pod, "Ready") == "True",
                 leaving=_leaving(pod),
                 in_flight=signal,
-                held_seconds=None if moved is None else max(0.0, now - moved),
+                # A moment that lies ahead is not known: the clock was set back, and it would be waited for as long as that.
+                held_seconds=None if moved is None or moved > now + MAX_FUTURE else max(0.0, now - moved),
             )
         )
     return tuple(found)
@@ -203,7 +204,7 @@ def pool_facts(
     lent = sum(1 for pod in ready if tier and holder(pod) != names.slug(tier))
     own = [pod for pod in ready if not tier or holder(pod) == names.slug(tier)]
     came = [*(_since(pod, "Ready") for pod in own), *(moved_at(pod) for pod in (*own, *guests))]
-    since = [moment for moment in came if moment is not None]
+    since = [moment for moment in came if moment is not None and moment <= now + MAX_FUTURE]
     starts = startup_times(view) or memory.startup_seconds
     return PoolFacts(
         name=asked.name,

@@ -134,9 +134,9 @@ def test_a_pool_without_pods_is_zero_only_by_the_routers_word():
     assert all(isinstance(getattr(load, name), Unknown) for name in SIGNALS)
 
 
-@pytest.mark.parametrize(("held", "of_both"), [(59.0, True), (60.0, False), (None, False)])
+@pytest.mark.parametrize(("held", "of_both"), [(59.0, True), (60.0, False), (None, False), (-3600.0, False)])
 def test_what_an_engine_counted_for_two_tiers_counts_for_neither(held, of_both):
-    """Its gauges are of now, and count."""
+    """Its gauges are of now, and count. When it came is not known where the clock was set back since."""
     whole = window([scan(NOW - 60 + 15 * i, 10.0 * i, running=3.0) for i in range(5)])
     there = PoolTargets(
         "pool",

@@ -457,6 +457,8 @@ def pool_load(
         answer = windows.get(pod.name, Unknown("did not answer"))
         if isinstance(answer, PodWindow):
             held = math.inf if pod.held_since is None else now + ahead - pod.held_since
+            if held < -MAX_FUTURE:
+                held = math.inf  # the clock was set back since: it is not known, and not to be waited for
             said.append(answer if held >= window else _of_both(answer, held))
         else:
             silent.append(f"{pod.name}: {answer.reason}")
