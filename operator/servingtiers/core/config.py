@@ -84,7 +84,7 @@ class OperatorConfig(Model):
     """Watch the whole cluster and use cluster-scoped permissions."""
     allow_remote_code: bool = False
     """Let tiers set trustRemoteCode."""
-    currency: str = "USD"
+    currency: Annotated[str, Field(max_length=8)] = "USD"
     """Currency of all prices."""
     router_service_account: str | None = None
     """ServiceAccount the chart made for routers; None: the operator makes one per tier."""
