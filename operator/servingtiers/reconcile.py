@@ -762,7 +762,7 @@ def _replicas(look: _Accepted, pool: _Pool, decision: Decision) -> int | None:
         # Sent until somebody else owns the field: leaving it out at once would drop the Deployment to 1.
         return None if _owned_elsewhere(deployment) else live
     if not acts(mode, suspended=spec.suspend) or _autoscaler_of(deployment, look.member) is not None:
-        return live
+        return left
     return decision.desired
 
 
@@ -839,3 +839,6 @@ def _status_write(raw: JsonObject, after: Remembered, now: float) -> tuple[Remem
     }
     noted = replace(after, written_at=now, counters_written_at=now if counters else after.counters_written_at)
     return noted, [Write(Verb.STATUS, body, "what is reported has changed")]
+    # Sent until somebody else owns the field: leaving it out at once would drop the Deployment to 1, and what was seen a
+    # moment ago would undo what that one has set since.
+    left = None if _owned_elsewhere(deployment) else live
