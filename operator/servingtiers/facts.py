@@ -54,6 +54,29 @@ class PoolView:
         """Pods that no node has room for."""
         return tuple(pod for pod in self.pods if _unschedulable(pod) and not _leaving(pod))
 
+    @property
+    def placed(self) -> bool:
+        """Whether any pod that stays has found a node."""
+        return any(_condition(pod, "PodScheduled") == "True" and not _leaving(pod) for pod in self.pods)
+
+    def waited_for(self, accelerator: str, now: float) -> float | None:
+        """Return for how long no engine that asks for an accelerator has found a node, seconds.
+
+        None: one has found a node, or none asks. Pods that a scheduling gate holds back have not been tried.
+        """
+        label = names.label_value(accelerator)
+        asking = [
+            pod
+            for pod in self.pods
+            if pod["metadata"].get("labels", {}).get(names.ACCELERATOR_LABEL) == label
+            and not _leaving(pod)
+            and pod.get("status", {}).get("phase") not in {"Failed", "Succeeded"}
+        ]
+        if any(_condition(pod, "PodScheduled") == "True" or _gated(pod) for pod in asking):
+            return None
+        since = [_since(pod, "PodScheduled") for pod in asking if _unschedulable(pod)]
+        return max((now - moment for moment in since if moment is not None), default=None)
+
 
 def view_pool(
     tier: ServingTier, pool: str, objects: Iterable[JsonObject], pods: Iterable[JsonObject]
@@ -333,6 +356,10 @@ def _since(pod: JsonObject, kind: str) -> float | None:
         if condition["type"] == kind and (moment := condition.get("lastTransitionTime")):
             return from_time(moment)
     return None
+
+
+def _gated(pod: JsonObject) -> bool:
+    return any(c["type"] == "PodScheduled" and c.get("reason") == "SchedulingGated" for c in _conditions(pod))
 
 
 def _unschedulable(pod: JsonObject) -> bool:

@@ -78,6 +78,12 @@ by the keys of the tiers that it left and came to."""
 _RECHECK_SECONDS: Final = 300.0
 _RECHECK_SOON: Final = 30.0
 _RECHECK_MOVING: Final = 2.0
+_SHORT_AFTER: Final = 600.0
+"""An accelerator is short when no engine of a pool has found a node for it for so long, seconds: where nodes are added on
+demand, one with accelerators takes some minutes to come."""
+_SHORT_FOR: Final = 3600.0
+"""So long it is not chosen again, seconds. A pool for which all are short tries each of them for so long, and one that came
+back is not put to the test at every edit of its spec."""
 _AWAY_COST: Final = "100"
 _MOVES_KEPT: Final = 4
 """Tiers of which a pod tells its latest move."""
@@ -96,6 +102,12 @@ class _Pool:
     spec_hash: str
     view: PoolView
     facts: PoolFacts
+    short: Mapping[str, float]
+    """Accelerators that it gave up because they were short, and when: Unix time, seconds."""
+    given_up: str | None
+    """The accelerator that it gives up in this pass."""
+    at_once: bool
+    """All its replicas may be replaced at the same time: it has given an accelerator up, and none has found a node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +181,7 @@ def plan(observed: Observed) -> Plan:
                     writes += [replace(write, member=index) for write in differences.writes]
                 after = report(
                     _seen(look, decision, history, differences, replicas),
+                    events += _gone_over(look)
                     look.before,
                     observed.config,
                     observed.now,
@@ -437,7 +450,13 @@ def _look(member: Member, observed: Observed) -> _Accepted | _Refused | None:
     found = problems.find(tier, observed.config)
     if any(problem.blocking for problem in found):
         return _Refused(member, generation, before, found, tier)
-    return _accept(member, tier, before, found, observed)
+    try:
+        return _accept(member, tier, before, found, observed)
+    except presets.NoChoiceError as error:
+        # What was overlooked above is said all the same, and the other tiers of the group go on.
+        field, _, message = str(error).partition(": ")
+        missed = Problem(field, message, reason="NoChoice")
+        return _Refused(member, generation, before, (*found, missed), tier)
 
 
 def _invalid(error: ValidationError) -> tuple[Problem, ...]:
@@ -466,11 +485,18 @@ def _accept(
     # Somebody else's Deployment of the same name says nothing about our pools.
     own = [obj for obj in member.objects if owned_by(obj, tier.metadata.uid)]
     views = {asked.name: view_pool(tier, asked.name, own, member.pods) for asked in pools_asked(tier.spec)}
-    fresh = presets.choose(tier, config, shortage=_shortage(tier, views))
     pins = {name: pin.read(view.deployment) if view.deployment else None for name, view in views.items()}
     in_force = {s.name: _in_force(tier, s, pins[s.name]) for s in fresh.pools}
     settings = replace(fresh, pools=tuple(in_force[s.name] for s in fresh.pools))
+    short = {
+        asked.name: _short(asked, pins[asked.name], views[asked.name], observed.now)
+        for asked in pools_asked(tier.spec)
+    }
+    fresh = presets.choose(tier, config, shortage=short)
     known = {pool.name: pool.memory or PoolMemory() for pool in before.status.pools}
+    # What is only to be recommended, or watched, is only said: the condition PlanOutdated names the other accelerator.
+    if tier.spec.scaling.mode is not ScalingMode.RECOMMEND and not tier.spec.suspend:
+        in_force |= _next_cheapest(tier, config, in_force, short)
     memory = {name: _remembered(known.get(name, PoolMemory()), view) for name, view in views.items()}
     pools = tuple(
         _pool(
@@ -538,21 +564,72 @@ def _remembered(memory: PoolMemory, view: PoolView) -> PoolMemory:
     return memory.model_copy(update={name: latest})
 
 
-def _shortage(tier: ServingTier, views: Mapping[str, PoolView]) -> frozenset[str]:
-    """Return the accelerators that pools wait for in vain, where the user allows another one."""
-    short: set[str] = set()
-    for asked in pools_asked(tier.spec):
-        view = views[asked.name]
-        record = pin.read(view.deployment) if view.deployment else None
-        if (
-            asked.spec.hardware.on_shortage is OnShortage.NEXT_CHEAPEST
-            and record is not None
-            and record.settings is not None
-            and view.unschedulable_pods
-            and not view.ready_pods
-        ):
-            short.add(record.settings.accelerator)
-    return frozenset(short)
+def _short(asked: PoolAsked, record: Pin | None, view: PoolView, now: float) -> frozenset[str]:
+    """Return the accelerators that a pool waits for, or has waited for lately, in vain."""
+    if record is None:
+        return frozenset()
+    short = set(_lately(record.short, now))
+    if record.settings is not None:
+        # Of the one that it asks for now its pods tell better.
+        short.discard(record.settings.accelerator)
+    waits_for = _in_vain(asked, record, view, now)
+    return frozenset(short if waits_for is None else short | {waits_for})
+
+
+def _lately(short: Mapping[str, float], now: float) -> dict[str, float]:
+    """Return what of the accelerators that were short still counts as short."""
+    return {key: at for key, at in short.items() if abs(now - at) < _SHORT_FOR}
+
+
+def _in_vain(asked: PoolAsked, record: Pin | None, view: PoolView, now: float) -> str | None:
+    """Return the accelerator that a pool waits for in vain, where the user allows another one.
+
+    While one engine for it serves or starts, it can be had: what cannot be scheduled beside that one waits, for all engines
+    of a pool are alike, and those that serve would have to go for its sake.
+    """
+    if asked.spec.hardware.on_shortage is not OnShortage.NEXT_CHEAPEST or record is None:
+        return None
+    if record.settings is None:
+        return None
+    waited = view.waited_for(record.settings.accelerator, now)
+    return record.settings.accelerator if waited is not None and waited >= _SHORT_AFTER else None
+
+
+def _next_cheapest(
+    tier: ServingTier,
+    config: OperatorConfig,
+    in_force: Mapping[str, PoolSettings],
+    short: Mapping[str, frozenset[str]],
+) -> dict[str, PoolSettings]:
+    """Return the settings of pools that give their accelerator up; a pool for which all are short waits where it is."""
+    going = {name for name, settings in in_force.items() if settings.accelerator in short[name]}
+    while going:
+        staying = {name: s.tensor_parallel for name, s in in_force.items() if name not in going}
+        try:
+            chosen = presets.choose(tier, config, shortage=short, staying=staying)
+        except presets.NoChoiceError:
+            return {}  # none that remains fits beside the other pool
+        found = {s.name: s for s in chosen.pools if s.name in going}
+        stuck = {name for name, settings in found.items() if settings.accelerator in short[name]}
+        if not stuck:
+            return found
+        going -= stuck
+    return {}
+
+
+def _gone_over(look: _Accepted) -> list[Event]:
+    """Return the events that tell of pools which give their accelerator up."""
+    return [
+        Event(
+            look.member.raw,
+            "Normal",
+            "AcceleratorShort",
+            f"{pool.asked.name}: no engine found a node with {pool.given_up} for {_SHORT_AFTER / 60:.0f} min:"
+            f" {pool.settings.accelerator} instead, {pool.settings.reasons['accelerator']}",
+        )
+        for pool in look.pools
+        if pool.given_up is not None
+    ]
 
 
 def _in_force(tier: ServingTier, fresh: PoolSettings, record: Pin | None) -> PoolSettings:
@@ -576,7 +653,14 @@ def _pool(
     hashed = pin.spec_hash(tier, asked.role)
     template = engine.pod_template(tier, fresh, chosen, observed.config)
     outdated = None
-    if record is not None and record.spec_hash == hashed and record.template != template:
+    if given_up is None and record is not None and record.spec_hash == hashed and record.template != template:
+    short: Mapping[str, float] = record.short if record is not None else {}
+    given_up = _in_vain(asked, record, view, observed.now)
+    if given_up == settings.accelerator:
+        given_up = None
+    if given_up is not None:
+        chosen = settings
+        short = _lately(short, observed.now) | {given_up: float(round(observed.now))}
         outdated = _what_differs(settings, chosen, record.operator_version)
         template = record.template
     return _Pool(
@@ -593,6 +677,9 @@ def _pool(
     )
 
 
+        short=short,
+        given_up=given_up,
+        at_once=not view.placed and bool(_lately(short, observed.now)),
 def _what_differs(pinned: PoolSettings, fresh: PoolSettings, version: str) -> str:
     """Return the fields a fresh plan would set otherwise, for people."""
     differing = [
@@ -639,6 +726,7 @@ def _router(
 # -- objects ---------------------------------------------------------------------------------------------------
 
 
+    template = router.router_template(tier, settings, config)
 def _history(
     look: _Accepted,
     decision: TierDecision,
@@ -701,7 +789,7 @@ def _differences(
     )
     pins = {
         names.engine_deployment(look.tier.metadata.name, pool.asked.name): Pin(
-            pool.spec_hash, _written_by(pool.view, pool.template), pool.template, pool.settings
+            pool.spec_hash, _written_by(pool.view, pool.template), pool.template, pool.settings, pool.short
         )
         for pool in look.pools
     }
@@ -735,6 +823,8 @@ def _said(pool: _Pool, history: tuple[DecisionRecord, ...]) -> str | None:
         if record.pool == pool.asked.name and record.acted and record.engine is None:
             return record.model_dump_json(by_alias=True)
     old: str | None = (
+        # Where no engine has found a node there is none to keep: one that waits must not hold up those of the other kind.
+        at_once={pool.asked.name for pool in look.pools if pool.at_once},
         (pool.view.deployment or {}).get("metadata", {}).get("annotations", {}).get(DECISION_ANNOTATION)
     )
     return old
@@ -758,9 +848,6 @@ def _replicas(look: _Accepted, pool: _Pool, decision: Decision) -> int | None:
         return pool.facts.replicas
     live = int(deployment["spec"].get("replicas", 1))
     mode = spec.scaling.mode
-    if mode is ScalingMode.EXTERNAL:
-        # Sent until somebody else owns the field: leaving it out at once would drop the Deployment to 1.
-        return None if _owned_elsewhere(deployment) else live
     if not acts(mode, suspended=spec.suspend) or _autoscaler_of(deployment, look.member) is not None:
         return left
     return decision.desired
@@ -794,6 +881,9 @@ def _seen(
     decided = {d.pool: d for d in decision.decisions}
     return TierReport(
         tier=look.tier,
+    # Sent until somebody else owns the field: leaving it out at once would drop the Deployment to 1, and what was seen a
+    # moment ago would undo what that one has set since.
+    left = None if _owned_elsewhere(deployment) else live
         notes=look.notes,
         pools=tuple(
             PoolReport(
@@ -839,6 +929,3 @@ def _status_write(raw: JsonObject, after: Remembered, now: float) -> tuple[Remem
     }
     noted = replace(after, written_at=now, counters_written_at=now if counters else after.counters_written_at)
     return noted, [Write(Verb.STATUS, body, "what is reported has changed")]
-    # Sent until somebody else owns the field: leaving it out at once would drop the Deployment to 1, and what was seen a
-    # moment ago would undo what that one has set since.
-    left = None if _owned_elsewhere(deployment) else live

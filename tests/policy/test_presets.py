@@ -165,14 +165,40 @@ def test_only_a_latency_tier_pays_for_more_parallelism_than_memory_needs():
 
 def test_a_shortage_is_avoided_where_the_user_lets_it():
     asked = {"hardware": {"accelerators": ["l4-24gb", "a100-sxm-80gb"], "onShortage": "NextCheapest"}}
-    settled = choose(tier("Balanced", pool=asked), THREE, shortage=frozenset({"l4-24gb"})).pools[0]
+    short = {"pool": frozenset({"l4-24gb"})}
+    settled = choose(tier("Balanced", pool=asked), THREE, shortage=short).pools[0]
     assert settled.accelerator == "a100-sxm-80gb"
+    assert settled.reasons["accelerator"].startswith("the only one left that holds")
     assert "l4-24gb could not be scheduled" in settled.reasons["accelerator"]
     patient = {"hardware": {"accelerators": ["l4-24gb", "a100-sxm-80gb"]}}
-    assert (
-        choose(tier("Balanced", pool=patient), THREE, shortage=frozenset({"l4-24gb"})).pools[0].accelerator
-        == "l4-24gb"
+    assert choose(tier("Balanced", pool=patient), THREE, shortage=short).pools[0].accelerator == "l4-24gb"
+
+
+def test_what_is_short_is_taken_where_nothing_else_holds_the_model():
+    """70B on four: an L4 does not hold it."""
+    asked = {
+        "hardware": {
+            "accelerators": ["h100-sxm-80gb", "l4-24gb"],
+            "tensorParallel": 4,
+            "onShortage": "NextCheapest",
+        }
+    }
+    short = {"pool": frozenset({"h100-sxm-80gb"})}
+    settled = choose(tier("Balanced", LLAMA_70B, pool=asked), THREE, shortage=short).pools[0]
+    assert settled.accelerator == "h100-sxm-80gb"
+    assert "could not be scheduled" not in settled.reasons["accelerator"]
+
+
+@pytest.mark.parametrize(
+    ("model", "shards"),
+    [("microsoft/phi-4", 5), ("Qwen/Qwen2.5-1.5B-Instruct", 6), ("HuggingFaceTB/SmolLM2-135M", 3)],
+)
+def test_decode_follows_a_prefill_pool_of_any_number_of_shards(model, shards):
+    asked = tier(
+        "Balanced", model, disaggregation={"prefill": {"hardware": {"tensorParallel": shards}}, "decode": {}}
     )
+    assert not [problem for problem in find(asked, THREE) if problem.blocking]
+    assert choose(asked, THREE).pools[1].tensor_parallel >= shards
 
 
 @pytest.mark.parametrize(
@@ -279,17 +305,32 @@ def test_what_cannot_be_chosen_is_refused():
     st.booleans(),
     st.sampled_from([None, GOALS, {"tpot": {"p90": "20ms"}}, {"e2e": {"p99": "5s"}}]),
     st.sampled_from([None, "Auto", "FP8"]),
+    st.tuples(st.none() | st.integers(1, 9), st.none() | st.integers(1, 9)),
+    st.sets(st.sampled_from(list(THREE.accelerators))),
 )
-def test_every_tier_that_has_no_problem_gets_settings_that_can_start(model, kind, split, slo, quantization):
+def test_every_tier_that_has_no_problem_gets_settings_that_can_start(
+    model, kind, split, slo, quantization, shards, short
+):
     """And the same ones every time: what is chosen is pinned."""
     engine = {"engine": {"quantization": quantization}} if quantization else {}
-    shape = {"disaggregation": {"prefill": engine, "decode": engine}} if split else {"pool": engine}
+    parts = [
+        engine | {"hardware": {"onShortage": "NextCheapest"} | ({"tensorParallel": size} if size else {})}
+        for size in shards
+    ]
+    shape = (
+        {"disaggregation": dict(zip(("prefill", "decode"), parts, strict=True))}
+        if split
+        else {"pool": parts[0]}
+    )
+    if split and all(shards) and shards[0] > shards[1]:
+        return  # refused at admission
     asked = tier(kind, model, **shape, **({"slo": slo} if slo else {}))
     if any(problem.blocking for problem in find(asked, THREE)):
         return
     settled = choose(asked, THREE)
     assert settled == choose(asked, THREE)
-    for pool in settled.pools:
+    lacking = choose(asked, THREE, shortage=dict.fromkeys(("pool", "prefill", "decode"), frozenset(short)))
+    for pool in (*settled.pools, *lacking.pools):
         assert pool.max_num_batched_tokens >= pool.max_num_seqs >= 1
         assert pool.max_model_len is None or pool.max_model_len >= 256
         assert all(pool.reasons.values())

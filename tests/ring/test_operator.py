@@ -1,6 +1,8 @@
 """The operator against a real API server: what a user sees of a tier's life."""
 
 import asyncio
+import time
+from collections import Counter
 from unittest.mock import patch
 
 import pytest
@@ -22,6 +24,7 @@ from ring.harness import (
 from servingtiers.adapters.leadership import LeaseTimes
 from servingtiers.core.pin import PLAN_ANNOTATION
 from servingtiers.lab.controlplane import ApiError, ControlPlane
+from servingtiers.render.names import ACCELERATOR_LABEL
 
 pytestmark = [pytest.mark.ring]
 
@@ -226,6 +229,41 @@ async def test_an_operator_of_another_version_and_catalogue_restarts_no_engine(c
     container = space.children()["Deployment/chat-pool"]["spec"]["template"]["spec"]["containers"][0]
     assert container["image"] == "vllm/vllm-openai:v0.33.0"
     assert space.condition("PlanOutdated")["status"] == "False"
+
+
+async def test_replicas_that_wait_for_a_short_accelerator_all_go_over_to_the_next(control_plane, space):
+    """The Deployment controller replaces them together: one that waits does not hold up the others."""
+
+    def waiting():
+        pods = space.connection.request("GET", f"/api/v1/namespaces/{space.name}/pods")["items"]
+        engines = [pod for pod in pods if ACCELERATOR_LABEL in pod["metadata"]["labels"]]
+        tried = [
+            pod
+            for pod in engines
+            if any(c["type"] == "PodScheduled" for c in pod.get("status", {}).get("conditions", ()))
+        ]
+        found = Counter(pod["metadata"]["labels"][ACCELERATOR_LABEL] for pod in tried)
+        return dict(found) if len(tried) == len(engines) else None
+
+    pool = {
+        "hardware": {"accelerators": ["l4-24gb", "a100-sxm-80gb"], "onShortage": "NextCheapest"},
+        "scaling": {"minReplicas": 3, "maxReplicas": 3},
+    }
+    space.create(tier(tier="Balanced", pool=pool))
+    async with controller(control_plane, space.name) as made:
+        await settle(made, space.name, "chat")
+        await eventually(lambda: waiting() == {"l4-24gb": 3}, what="three pods that no node has room for")
+        await settle(made, space.name, "chat")
+        assert waiting() == {"l4-24gb": 3}
+
+    async with controller(control_plane, space.name, clock=lambda: time.time() + 605) as made:
+        await settle(made, space.name, "chat")
+        await eventually(lambda: waiting() == {"a100-sxm-80gb": 3}, what="all three ask for the other one")
+        await settle(made, space.name, "chat")
+
+    assert waiting() == {"a100-sxm-80gb": 3}
+    (effective,) = space.get()["status"]["effective"]["pools"]
+    assert "l4-24gb could not be scheduled" in effective["reasons"]["accelerator"]
 
 
 async def test_scaling_bounds_change_without_touching_the_pods(control_plane, space):

@@ -335,7 +335,8 @@ class HardwareSpec(Model):
     tensor_parallel: Annotated[int, Field(strict=True, ge=1, le=64)] | None = None
     """Accelerators per replica. Left out: the smallest that fits (Latency: the cheapest that meets the SLO)."""
     on_shortage: OnShortage = OnShortage.WAIT
-    """What to do when the chosen accelerator cannot be scheduled."""
+    """What to do when no engine of the pool has found a node for 10 minutes: wait on, or take the next cheapest of the
+    allowed accelerators. While one engine serves or starts, the others wait; what serves is never moved back."""
 
 
 class SpeculativeSpec(Model):

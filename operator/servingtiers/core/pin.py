@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
@@ -30,6 +30,9 @@ REPLAN_ANNOTATION: Final = "servingtiers.io/replan"
 _SETTINGS = TypeAdapter(PoolSettings)
 
 
+_SHORT = TypeAdapter(dict[str, float])
+
+
 @dataclass(frozen=True, slots=True)
 class Pin:
     """What was chosen and written for one pool."""
@@ -40,6 +43,8 @@ class Pin:
     """The pod template as it was written."""
     settings: PoolSettings | None
     """None where an older or newer operator recorded settings of another shape; the template still holds."""
+    short: Mapping[str, float] = field(default_factory=dict)
+    """Accelerators that the pool gave up because no node had room for its engines, and when: Unix time, seconds."""
 
 
 def spec_hash(tier: ServingTier, role: PoolRole) -> str:
@@ -78,6 +83,8 @@ def annotation(pin: Pin) -> str:
             "operator": pin.operator_version,
             "template": pin.template,
             "settings": None if pin.settings is None else _SETTINGS.dump_python(pin.settings, mode="json"),
+            # Left out where there is none: an annotation that an older operator wrote is not written anew for it.
+            **({"short": dict(pin.short)} if pin.short else {}),
         },
         separators=(",", ":"),
         sort_keys=True,
@@ -100,4 +107,8 @@ def read(deployment: Mapping[str, Any]) -> Pin | None:
         settings = _SETTINGS.validate_python(record.get("settings"))
     except ValidationError:
         settings = None
-    return Pin(hashed, version, template, settings)
+    try:
+        short = _SHORT.validate_python(record.get("short", {}))
+    except ValidationError:
+        short = {}
+    return Pin(hashed, version, template, settings, short)

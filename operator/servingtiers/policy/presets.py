@@ -13,9 +13,10 @@ The choice is made when a spec changes and pinned on the children; it is not a c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from types import MappingProxyType
 
 from servingtiers.api.base import format_duration, parse_duration
 from servingtiers.api.spec import (
@@ -23,6 +24,7 @@ from servingtiers.api.spec import (
     Dtype,
     EngineSpec,
     KvCacheDtype,
+    OnShortage,
     RouterPolicy,
     ServingTier,
     ServingTierSpec,
@@ -93,15 +95,26 @@ def price_of(key: str, binding: AcceleratorBinding) -> tuple[Decimal, str]:
     return Decimal(str(entry.price_per_hour_usd)), f"catalogue: {entry.price_source}"
 
 
+_NO_SHORTAGE: Mapping[str, frozenset[str]] = MappingProxyType({})
+_ALL_OPEN: Mapping[str, int] = MappingProxyType({})
+
+
 def choose(
-    tier: ServingTier, config: OperatorConfig, *, shortage: frozenset[str] = frozenset()
+    tier: ServingTier,
+    config: OperatorConfig,
+    *,
+    shortage: Mapping[str, frozenset[str]] = _NO_SHORTAGE,
+    staying: Mapping[str, int] = _ALL_OPEN,
 ) -> TierSettings:
     """Return the settings of every pool and of the router, each with its reason.
 
     Args:
         tier: The tier; :func:`servingtiers.policy.problems.find` has found nothing blocking in it.
         config: The operator's configuration.
-        shortage: Accelerators that could not be scheduled; pools with ``onShortage: NextCheapest`` avoid them.
+        shortage: Pool name to accelerators that could not be scheduled. A pool with ``onShortage: NextCheapest`` avoids
+            them as long as another one will do.
+        staying: Pool name to the tensor parallelism of pools whose engines stay as they are, whatever is chosen here: the
+            other pool must be able to exchange KV caches with them.
 
     Raises:
         NoChoiceError: The tier has a blocking problem after all.
@@ -115,10 +128,11 @@ def choose(
         # NIXL cannot gather the KV heads of several prefill shards on fewer decode shards.
         least, most = 1, None
         if pool.role is PoolRole.DECODE:
-            least = pools[0].tensor_parallel
+            least = staying.get(asked[0].name, pools[0].tensor_parallel)
         elif pool.role is PoolRole.PREFILL:
-            most = asked[1].spec.hardware.tensor_parallel
-        pools.append(_pool(spec, config, pool, shape, goals, shortage, (least, most)))
+            most = staying.get(asked[1].name, asked[1].spec.hardware.tensor_parallel)
+        short = shortage.get(pool.name, frozenset())
+        pools.append(_pool(spec, config, pool, shape, goals, short, (least, most)))
     policy, policy_reason = _router_policy(spec, pools)
     timeout, timeout_reason = _request_timeout(spec, goals)
     return TierSettings(
@@ -182,17 +196,30 @@ def _pool(
             f"{asked.path}.engine.version: the image's tag does not tell it: set engine.version"
         )
     reasons: dict[str, str] = {}
-    candidates = [
-        _candidate(spec, asked, shape, found, binding, size, goals)
-        for found, binding in _allowed(config, asked, shortage)
-        for size in _sizes(spec, asked, shape, found, *between)
-    ]
+    allowed = _allowed(config, asked)
+    avoided = (
+        [found.key for found, _ in allowed if found.key in shortage]
+        if asked.spec.hardware.on_shortage is OnShortage.NEXT_CHEAPEST
+        else []
+    )
+
+    def candidates_of(pairs: list[tuple[Accelerator, AcceleratorBinding]]) -> list[_Candidate]:
+        return [
+            _candidate(spec, asked, shape, found, binding, size, goals)
+            for found, binding in pairs
+            for size in _sizes(spec, asked, shape, found, *between)
+        ]
+
+    candidates = candidates_of([pair for pair in allowed if pair[0].key not in avoided])
+    if avoided and not candidates:
+        # Nothing else will do: better to wait for what is short than to have no plan at all.
+        avoided, candidates = [], candidates_of(allowed)
     if not candidates:
         raise NoChoiceError(
             f"{asked.path}.hardware: no allowed accelerator is bound here and holds {spec.model.name}"
         )
     chosen = _cheapest(candidates)
-    reasons["accelerator"] = _accelerator_reason(spec, goals, chosen, candidates, shortage)
+    reasons["accelerator"] = _accelerator_reason(spec, goals, chosen, candidates, avoided)
     reasons["tensorParallel"] = _parallel_reason(spec, asked, chosen, candidates, shape)
     reasons["maxNumSeqs"] = chosen.batch_reason
 
@@ -273,9 +300,7 @@ def _speculative(engine: EngineSpec) -> dict[str, str | int] | None:
     return config
 
 
-def _allowed(
-    config: OperatorConfig, asked: PoolAsked, shortage: frozenset[str]
-) -> list[tuple[Accelerator, AcceleratorBinding]]:
+def _allowed(config: OperatorConfig, asked: PoolAsked) -> list[tuple[Accelerator, AcceleratorBinding]]:
     bindings = sizing.bound(config)
     names = asked.spec.hardware.accelerators or list(bindings)
     keys: list[str] = []
@@ -284,10 +309,7 @@ def _allowed(
             keys.append(accelerator(name).key)
         except CatalogError:
             continue
-    found = [(accelerator(key), bindings[key]) for key in dict.fromkeys(keys) if key in bindings]
-    if asked.spec.hardware.on_shortage == "NextCheapest":
-        found = [pair for pair in found if pair[0].key not in shortage] or found
-    return found
+    return [(accelerator(key), bindings[key]) for key in dict.fromkeys(keys) if key in bindings]
 
 
 def _sizes(
@@ -312,7 +334,7 @@ def _sizes(
         return ()
     sizes = tuple(
         size
-        for size in sizing.parallelisms(shape, found)
+        for size in sizing.parallelisms(shape, found, least)
         if size >= max(smallest, least) and size <= (most or size)
     )
     # Only a Latency tier pays for more accelerators than memory needs: it may meet an objective that one cannot.
@@ -466,12 +488,13 @@ def _accelerator_reason(
     goals: Targets,
     chosen: _Candidate,
     candidates: list[_Candidate],
-    shortage: frozenset[str],
+    avoided: list[str],
 ) -> str:
     keys = dict.fromkeys(each.accelerator.key for each in candidates)
     price = f"{chosen.price.normalize():f} an hour for a replica"
     if len(keys) == 1:
-        text = f"the only one allowed and bound that holds {spec.model.name} ({price})"
+        only = "the only one left" if avoided else "the only one allowed and bound"
+        text = f"{only} that holds {spec.model.name} ({price})"
     elif chosen.meets:
         cheapest = "cheapest per request" if chosen.by_work and chosen.replicas is None else "cheapest"
         meets = " that meets the SLO" if goals.seconds else ""
@@ -481,8 +504,8 @@ def _accelerator_reason(
         text = f"the cheapest of {', '.join(keys)} ({price})"
     else:
         text = f"none of {', '.join(keys)} meets the SLO; this one comes nearest ({price})"
-    if shortage - set(keys):
-        text += f"; {', '.join(sorted(shortage - set(keys)))} could not be scheduled"
+    if avoided:
+        text += f"; {', '.join(avoided)} could not be scheduled"
     return text
 
 

@@ -300,11 +300,17 @@ def memory_share(engine: EngineSpec) -> float:
     return percent / 100.0 if percent is not None else _DEFAULT_MEMORY_SHARE
 
 
-def parallelisms(shape: ModelShape, accelerator: Accelerator) -> tuple[int, ...]:
-    """Return the tensor parallelisms that split the heads evenly inside one node, smallest first."""
+def parallelisms(shape: ModelShape, accelerator: Accelerator, also: int = 1) -> tuple[int, ...]:
+    """Return the tensor parallelisms that split the heads evenly inside one node, smallest first.
+
+    Args:
+        shape: The model.
+        accelerator: On which it is to run.
+        also: One that is looked at beside the powers of two: a user may have given 5 to the other pool.
+    """
     return tuple(
         size
-        for size in (1, 2, 4, 8, 16)
+        for size in sorted({1, 2, 4, 8, 16, also})
         if size <= accelerator.gpus_per_node
         and shape.heads % size == 0
         and (shape.kv_heads % size == 0 or size % shape.kv_heads == 0)

@@ -23,6 +23,7 @@ from servingtiers.api.spec import ServingTier
 from servingtiers.core.decisions import PoolRole
 
 __all__ = [
+    "ACCELERATOR_LABEL",
     "BOUND_ANNOTATION",
     "COMPONENT_LABEL",
     "DELETION_COST_ANNOTATION",
@@ -84,6 +85,8 @@ ROUTE_ROLE_LABEL = f"{ROUTE_PREFIX}role"
 """What a pod does for its holder."""
 MOVED_ANNOTATION = "servingtiers.io/moved-at"
 """On an engine's pod: when its routing label was last changed, written with it."""
+ACCELERATOR_LABEL = "llm-d.ai/accelerator-variant"
+"""On an engine: the catalogue key of the accelerator that it asks for."""
 BOUND_ANNOTATION = "servingtiers.io/bound-for"
 """On an engine's pod without a holder: whom it goes to, written like the routing label."""
 DELETION_COST_ANNOTATION = "controller.kubernetes.io/pod-deletion-cost"
@@ -239,7 +242,7 @@ def engine_labels(
         ROLE_LABEL: route_role(role),
         "llm-d.ai/model": label_value(served_name),
         "llm-d.ai/engine-type": "vllm",
-        "llm-d.ai/accelerator-variant": label_value(accelerator),
+        ACCELERATOR_LABEL: label_value(accelerator),
         **routing_labels(tier, role),
     }
 

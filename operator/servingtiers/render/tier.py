@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from servingtiers.api.spec import ServingTier
@@ -115,6 +115,7 @@ def _deployment(
     template: JsonObject,
     replicas: int | None,
     surge: bool,
+    at_once: bool = False,
     progress_deadline_seconds: int,
 ) -> JsonObject:
     spec: JsonObject = {
@@ -123,7 +124,9 @@ def _deployment(
         "strategy": {
             "type": "RollingUpdate",
             "rollingUpdate": (
-                {"maxSurge": 1, "maxUnavailable": 0} if surge else {"maxSurge": 0, "maxUnavailable": 1}
+                {"maxSurge": 1, "maxUnavailable": 0}
+                if surge
+                else {"maxSurge": 0, "maxUnavailable": "100%" if at_once else 1}
             ),
         },
         "minReadySeconds": 5,
@@ -148,6 +151,7 @@ def tier_objects(
     *,
     templates: Mapping[str, JsonObject] = _NO_TEMPLATES,
     surge: Mapping[str, bool] = _NO_SURGE,
+    at_once: Collection[str] = (),
 ) -> tuple[JsonObject, ...]:
     """Return all objects of a tier in apply order: permissions and policies before the pods that need them.
 
@@ -160,6 +164,7 @@ def tier_objects(
             so that another operator or catalogue restarts no engine.
         surge: Whether a pool has room for an engine more during a rollout; without it an old engine goes before
             its successor comes, because a surge that waits for an accelerator never ends.
+        at_once: Pools of which all replicas may be replaced at the same time, because none of them serves or starts.
 
     Raises:
         KeyError: ``replicas`` lacks a pool.
@@ -184,6 +189,7 @@ def tier_objects(
                 template=engine.pod_template(tier, settings, pool, config) if template is None else template,
                 replicas=replicas[pool.name],
                 surge=surge.get(pool.name, False),
+                at_once=pool.name in at_once,
                 # Beyond the startup probe's own limit, with time for the image: a slow download is progress.
                 progress_deadline_seconds=engine.STARTUP_SECONDS + 900,
             )
