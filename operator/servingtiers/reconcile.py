@@ -124,6 +124,8 @@ class _Accepted:
     pools: tuple[_Pool, ...]
     router_template: JsonObject
     router_hash: str
+    router_outdated: str | None
+    """What routers written today would have otherwise; None: nothing."""
     router_view: PoolView
     targets: Targets
     judged: capacity.Judgement
@@ -179,9 +181,9 @@ def plan(observed: Observed) -> Plan:
                     recheck = min(recheck, _RECHECK_SOON)
                 if not look.tier.spec.suspend:
                     writes += [replace(write, member=index) for write in differences.writes]
+                    events += _gone_over(look)
                 after = report(
                     _seen(look, decision, history, differences, replicas),
-                    events += _gone_over(look)
                     look.before,
                     observed.config,
                     observed.now,
@@ -486,17 +488,17 @@ def _accept(
     own = [obj for obj in member.objects if owned_by(obj, tier.metadata.uid)]
     views = {asked.name: view_pool(tier, asked.name, own, member.pods) for asked in pools_asked(tier.spec)}
     pins = {name: pin.read(view.deployment) if view.deployment else None for name, view in views.items()}
-    in_force = {s.name: _in_force(tier, s, pins[s.name]) for s in fresh.pools}
-    settings = replace(fresh, pools=tuple(in_force[s.name] for s in fresh.pools))
     short = {
         asked.name: _short(asked, pins[asked.name], views[asked.name], observed.now)
         for asked in pools_asked(tier.spec)
     }
     fresh = presets.choose(tier, config, shortage=short)
-    known = {pool.name: pool.memory or PoolMemory() for pool in before.status.pools}
+    in_force = {s.name: _in_force(tier, s, pins[s.name]) for s in fresh.pools}
     # What is only to be recommended, or watched, is only said: the condition PlanOutdated names the other accelerator.
     if tier.spec.scaling.mode is not ScalingMode.RECOMMEND and not tier.spec.suspend:
         in_force |= _next_cheapest(tier, config, in_force, short)
+    settings = replace(fresh, pools=tuple(in_force[s.name] for s in fresh.pools))
+    known = {pool.name: pool.memory or PoolMemory() for pool in before.status.pools}
     memory = {name: _remembered(known.get(name, PoolMemory()), view) for name, view in views.items()}
     pools = tuple(
         _pool(
@@ -516,7 +518,7 @@ def _accept(
     targets = presets.targets(tier.spec)
     judged = capacity.judge(tier.spec, settings, targets, member.load)
     router_view = view_router(tier, own, member.pods)
-    router_template, router_hash = _router(tier, settings, router_view, config)
+    router_template, router_hash, router_outdated = _router(tier, settings, pools, router_view, config)
     return _Accepted(
         member=member,
         tier=tier,
@@ -526,6 +528,7 @@ def _accept(
         pools=pools,
         router_template=router_template,
         router_hash=router_hash,
+        router_outdated=router_outdated,
         router_view=router_view,
         targets=targets,
         judged=judged,
@@ -651,9 +654,6 @@ def _pool(
     guests: Sequence[JsonObject],
 ) -> _Pool:
     hashed = pin.spec_hash(tier, asked.role)
-    template = engine.pod_template(tier, fresh, chosen, observed.config)
-    outdated = None
-    if given_up is None and record is not None and record.spec_hash == hashed and record.template != template:
     short: Mapping[str, float] = record.short if record is not None else {}
     given_up = _in_vain(asked, record, view, observed.now)
     if given_up == settings.accelerator:
@@ -661,6 +661,9 @@ def _pool(
     if given_up is not None:
         chosen = settings
         short = _lately(short, observed.now) | {given_up: float(round(observed.now))}
+    template = engine.pod_template(tier, fresh, chosen, observed.config)
+    outdated = None
+    if given_up is None and record is not None and record.spec_hash == hashed and record.template != template:
         outdated = _what_differs(settings, chosen, record.operator_version)
         template = record.template
     return _Pool(
@@ -674,12 +677,12 @@ def _pool(
         facts=pool_facts(
             asked, settings, view, memory, now=observed.now, tier=tier.metadata.name, guests=guests
         ),
-    )
-
-
         short=short,
         given_up=given_up,
         at_once=not view.placed and bool(_lately(short, observed.now)),
+    )
+
+
 def _what_differs(pinned: PoolSettings, fresh: PoolSettings, version: str) -> str:
     """Return the fields a fresh plan would set otherwise, for people."""
     differing = [
@@ -698,9 +701,13 @@ def _what_differs(pinned: PoolSettings, fresh: PoolSettings, version: str) -> st
 
 
 def _router(
-    tier: ServingTier, settings: TierSettings, view: PoolView, config: OperatorConfig
-) -> tuple[JsonObject, str]:
-    """Return the router's pod template, as recorded while the spec it was made from is the same."""
+    tier: ServingTier,
+    settings: TierSettings,
+    pools: Sequence[_Pool],
+    view: PoolView,
+    config: OperatorConfig,
+) -> tuple[JsonObject, str, str | None]:
+    """Return the routers' pod template, as recorded while the spec it was made from is the same; its hash; what is outdated."""
     spec = tier.spec.model_dump(
         mode="json", exclude_defaults=True, exclude={"suspend", "scaling", "workload"}
     )
@@ -715,18 +722,48 @@ def _router(
             # Accounts that a new configuration does not plan are pruned: routers must not go on to name them.
             config.router_service_account,
             config.cluster_mode,
+            # Engines on another accelerator may have another batch, and the routers' balance goes by it.
+            *([pool.asked.name, sorted(pool.short)] for pool in pools if pool.short),
         ]
     )
+    template = router.router_template(tier, settings, config)
     record = pin.read(view.deployment) if view.deployment else None
-    if record is not None and record.spec_hash == hashed:
-        return record.template, hashed
-    return router.router_template(tier, settings, config), hashed
+    if record is None or record.spec_hash != hashed:
+        return template, hashed, None
+    if record.template == template:
+        return template, hashed, None
+    differing = _what_differs_of_routers(record.template, template)
+    said = ", ".join(differing) or f"pods as written by operator {record.operator_version}"
+    return record.template, hashed, f"router: {said}"
+
+
+def _what_differs_of_routers(pinned: JsonObject, fresh: JsonObject) -> list[str]:
+    """Return the image and the arguments that routers written today would have otherwise, for people."""
+    old, new = _of_routers(pinned), _of_routers(fresh)
+    names_of_both = list(dict.fromkeys([*old, *new]))
+    return [
+        f"{name} {old.get(name, 'unset')} → {new.get(name, 'unset')}"
+        for name in names_of_both
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _of_routers(template: JsonObject) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for container in template.get("spec", {}).get("containers", ()):
+        found["image"] = str(container.get("image"))
+        for argument in container.get("args", ()):
+            if argument.startswith("--"):
+                name, _, value = argument.removeprefix("--").partition("=")
+                found[name] = value or "set"
+        for kind, quantities in container.get("resources", {}).items():
+            found |= {f"{kind}.{resource}": str(quantity) for resource, quantity in quantities.items()}
+    return found
 
 
 # -- objects ---------------------------------------------------------------------------------------------------
 
 
-    template = router.router_template(tier, settings, config)
 def _history(
     look: _Accepted,
     decision: TierDecision,
@@ -786,6 +823,8 @@ def _differences(
         config,
         templates=templates,
         surge={pool.asked.name: rollout.may_surge(pool.facts) for pool in look.pools},
+        # Where no engine has found a node there is none to keep: one that waits must not hold up those of the other kind.
+        at_once={pool.asked.name for pool in look.pools if pool.at_once},
     )
     pins = {
         names.engine_deployment(look.tier.metadata.name, pool.asked.name): Pin(
@@ -823,8 +862,6 @@ def _said(pool: _Pool, history: tuple[DecisionRecord, ...]) -> str | None:
         if record.pool == pool.asked.name and record.acted and record.engine is None:
             return record.model_dump_json(by_alias=True)
     old: str | None = (
-        # Where no engine has found a node there is none to keep: one that waits must not hold up those of the other kind.
-        at_once={pool.asked.name for pool in look.pools if pool.at_once},
         (pool.view.deployment or {}).get("metadata", {}).get("annotations", {}).get(DECISION_ANNOTATION)
     )
     return old
@@ -847,6 +884,9 @@ def _replicas(look: _Accepted, pool: _Pool, decision: Decision) -> int | None:
     if deployment is None:
         return pool.facts.replicas
     live = int(deployment["spec"].get("replicas", 1))
+    # Sent until somebody else owns the field: leaving it out at once would drop the Deployment to 1, and what was seen a
+    # moment ago would undo what that one has set since.
+    left = None if _owned_elsewhere(deployment) else live
     mode = spec.scaling.mode
     if not acts(mode, suspended=spec.suspend) or _autoscaler_of(deployment, look.member) is not None:
         return left
@@ -881,9 +921,6 @@ def _seen(
     decided = {d.pool: d for d in decision.decisions}
     return TierReport(
         tier=look.tier,
-    # Sent until somebody else owns the field: leaving it out at once would drop the Deployment to 1, and what was seen a
-    # moment ago would undo what that one has set since.
-    left = None if _owned_elsewhere(deployment) else live
         notes=look.notes,
         pools=tuple(
             PoolReport(
@@ -900,6 +937,7 @@ def _seen(
             for pool in look.pools
         ),
         router=look.router_view,
+        router_outdated=look.router_outdated,
         targets=look.targets,
         decided=decision,
         feasibility=look.judged.feasibility,

@@ -89,6 +89,7 @@ class TierReport:
     notes: tuple[Problem, ...]
     pools: tuple[PoolReport, ...]
     router: PoolView
+    router_outdated: str | None
     targets: Targets
     decided: TierDecision
     feasibility: Feasibility | None
@@ -166,7 +167,10 @@ def report(seen: TierReport, before: Remembered, config: OperatorConfig, now: fl
             replicas_owner=seen.replicas_owner,
             telemetry_unknown_seconds=None if since is None else now - since,
             telemetry_reason=reason or "",
-            plan_outdated="; ".join(pool.outdated for pool in seen.pools if pool.outdated) or None,
+            plan_outdated="; ".join(
+                text for text in (*(pool.outdated for pool in seen.pools), seen.router_outdated) if text
+            )
+            or None,
             write_errors=seen.failures,
         )
     )

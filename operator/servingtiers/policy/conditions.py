@@ -13,6 +13,7 @@ from servingtiers.api.spec import ScalingMode
 from servingtiers.api.status import Condition, ConditionType
 from servingtiers.core.decisions import Binding, Decision
 from servingtiers.core.findings import Feasibility, Problem, SloVerdict
+from servingtiers.core.pin import REPLAN_ANNOTATION
 from servingtiers.core.times import to_time
 
 __all__ = ["ConditionInput", "PoolProgress", "compute"]
@@ -316,6 +317,9 @@ def _conflict(seen: ConditionInput) -> _Draft:
 def _plan_outdated(seen: ConditionInput) -> _Draft:
     name: ConditionType = "PlanOutdated"
     if seen.plan_outdated is not None:
-        message = f"{seen.plan_outdated}; it is taken up when the spec changes"
+        message = (
+            f"{seen.plan_outdated}; it is taken up when the spec changes, or by a new value of the annotation"
+            f" {REPLAN_ANNOTATION}"
+        )
         return _Draft(name, "True", "BetterPlanKnown", message)
     return _Draft(name, "False", "UpToDate", "the settings are those that would be chosen today")
