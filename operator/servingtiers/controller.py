@@ -398,11 +398,16 @@ class Controller:
         """Carry out the writes in order; one that fails does not stop the others of the group."""
         failures: list[list[str]] = [[] for _ in states]
         worst: ApiError | None = None
+        missing: set[Ref] = set()
         for write in plan.writes:
+            if not write.needs.isdisjoint(missing):
+                continue  # what it names is not there, or is somebody else's
             try:
                 await self._carry_out(write)
             except ApiError as error:
                 ref = Ref.of(write.body)
+                if write.verb is Verb.CREATE:
+                    missing.add(ref)
                 if write.verb is Verb.CREATE and error.status == 409:
                     # The name is taken. The next pass reads whose object it is and says so.
                     states[write.member].strangers.add(ref)

@@ -464,8 +464,18 @@ def _said_before(record: DecisionRecord, before: Sequence[DecisionRecord], now: 
     return same and (not record.acted or now - from_time(newest.time) < _SAME_DECISION_SECONDS)
 
 
+_WITHHELD = {
+    "ServiceAccount": "; until then routers, which would have its rights, are neither made nor changed",
+    "Role": "; until then the routers' account gets no rights",
+    "NetworkPolicy": "; until then no pods are made that it would leave open",
+}
+
+
 def _conflict(ref: Ref) -> str:
-    return f"{ref.kind} {ref.name} exists and is not this tier's: rename or remove it, or give the tier another name"
+    return (
+        f"{ref.kind} {ref.name} exists and is not this tier's: rename or remove it, or give the tier another name"
+        f"{_WITHHELD.get(ref.kind, '')}"
+    )
 
 
 # -- writing ---------------------------------------------------------------------------------------------------

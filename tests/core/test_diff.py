@@ -171,6 +171,79 @@ def test_an_object_that_is_being_deleted_is_waited_for():
     assert [ref.name for ref in outcome.waiting] == ["d"]
 
 
+def _owned(kind: str, name: str, **fields: Any) -> dict[str, Any]:
+    meta = {"name": name, "namespace": "n", "ownerReferences": [{"uid": UID, "kind": "ServingTier"}]}
+    return {"apiVersion": "v1", "kind": kind, "metadata": meta, **fields}
+
+
+def _binding(kind: str) -> dict[str, Any]:
+    subjects = [{"kind": "ServiceAccount", "name": "a", "namespace": "n"}]
+    return _owned("RoleBinding", "b", roleRef={"kind": kind, "name": "r"}, subjects=subjects)
+
+
+def test_a_binding_to_another_role_is_made_anew():
+    """Its roleRef is immutable: an apply would be refused for ever."""
+    old = as_created(_binding("Role"))
+
+    assert verbs([_binding("Role")], [old]) == []
+    assert verbs([_binding("ClusterRole")], [old]) == [Verb.DELETE, Verb.CREATE]
+
+
+def test_a_role_goes_after_the_binding_to_it_has_been_made_anew():
+    """In between the routers would have no rights."""
+    old = [as_created(_owned("Role", "r")), as_created(_binding("Role"))]
+    writes = changes([_binding("ClusterRole")], old, owner_uid=UID, field_manager="us").writes
+
+    assert [(w.verb, w.body["kind"]) for w in writes] == [
+        (Verb.DELETE, "RoleBinding"),
+        (Verb.CREATE, "RoleBinding"),
+        (Verb.DELETE, "Role"),
+    ]
+
+
+PODS = {"metadata": {"labels": {"app": "x"}}, "spec": {"serviceAccountName": "a"}}
+TRUSTING = {
+    "ServiceAccount": _owned("ServiceAccount", "a"),
+    "Role": _owned("Role", "r"),
+    "RoleBinding": _binding("Role"),
+    "NetworkPolicy": _owned("NetworkPolicy", "p", spec={"podSelector": {"matchLabels": {"app": "x"}}}),
+    "Other": _owned("NetworkPolicy", "q", spec={"podSelector": {"matchLabels": {"app": "y"}}}),
+    "Deployment": deployment(template=PODS),
+}
+
+
+@pytest.mark.parametrize(
+    ("stranger", "withheld"),
+    [
+        ("ServiceAccount", {"RoleBinding", "Deployment"}),
+        ("Role", {"RoleBinding"}),
+        ("RoleBinding", set()),
+        ("NetworkPolicy", {"Deployment"}),
+        ("Other", set()),
+    ],
+)
+def test_nothing_is_made_that_would_rely_on_an_object_of_somebody_else(stranger, withheld):
+    """A pod has the rights of the account that it names, whoever gave them."""
+    theirs = TRUSTING[stranger] | {"metadata": TRUSTING[stranger]["metadata"] | {"ownerReferences": []}}
+    found = changes(TRUSTING.values(), [theirs], owner_uid=UID, field_manager="us")
+    written = [write.body["metadata"]["name"] for write in found.writes]
+    missing = {kind for kind, obj in TRUSTING.items() if obj["metadata"]["name"] not in written}
+
+    assert missing == {stranger} | withheld
+    assert [ref.name for ref in found.foreign] == [theirs["metadata"]["name"]]
+
+
+def test_a_deployment_goes_on_being_kept_beside_a_foreign_policy_but_not_under_a_foreign_account():
+    """Scaling must not stop for a policy that leaves open what runs already; new code must not get another's rights."""
+    live = as_created(deployment(template=PODS, replicas=1))
+    wanted = TRUSTING | {"Deployment": deployment(template=PODS, replicas=2)}
+    for stranger, goes_on in (("NetworkPolicy", True), ("ServiceAccount", False)):
+        theirs = TRUSTING[stranger] | {"metadata": TRUSTING[stranger]["metadata"] | {"ownerReferences": []}}
+        found = changes(wanted.values(), [theirs, live], owner_uid=UID, field_manager="us")
+
+        assert any(w.body["kind"] == "Deployment" for w in found.writes) == goes_on
+
+
 def test_only_our_own_surplus_is_deleted():
     """Prune by ownership."""
     ours, theirs = as_created(deployment()), as_created(deployment())

@@ -249,10 +249,17 @@ async def _exercise(plane: ControlPlane, kubeconfig: Path, kustomization: str) -
             names.setdefault(kind, []).append(name)
         return names
 
-    # Somebody else's objects bear the names of a tier that comes later.
+    # Somebody else's objects bear the names of tiers that come later. What rests on others is another tier's: it would
+    # not be tried.
     nobody = {"apiVersion": "v1", "kind": "None", "metadata": {"name": "none", "uid": "none"}}
+    taken = {
+        "Service": "blocked",
+        "NetworkPolicy": "unguarded-engines",
+        "ServiceAccount": "unguarded-router",
+        "Role": "unguarded-router",
+    }
     for kind in made:
-        name = {"Service": "blocked", "NetworkPolicy": "blocked-engines"}.get(kind, "blocked-router")
+        name = taken.get(kind, "blocked-router")
         body = _stray(nobody, kind) | {"metadata": {"name": name}}
         await asyncio.to_thread(space.connection.request, "POST", path(kind), body)
     async with _installed_operator(kubeconfig, kustomization):
@@ -280,10 +287,13 @@ async def _exercise(plane: ControlPlane, kubeconfig: Path, kustomization: str) -
             ),
             what="labels are repaired",
         )
-        await asyncio.to_thread(space.create, tier("blocked"))
-        await eventually(
-            lambda: (space.condition("Conflict", "blocked") or {}).get("status") == "True", what="conflict"
-        )
+        for name in ("blocked", "unguarded"):
+            await asyncio.to_thread(space.create, tier(name))
+        for name in ("blocked", "unguarded"):
+            await eventually(
+                lambda name=name: (space.condition("Conflict", name) or {}).get("status") == "True",
+                what=f"conflict of {name}",
+            )
 
 
 def _helm(plane: ControlPlane, *arguments: str, values: dict | None = None) -> str:

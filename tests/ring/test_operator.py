@@ -266,6 +266,43 @@ async def test_replicas_that_wait_for_a_short_accelerator_all_go_over_to_the_nex
     assert "l4-24gb could not be scheduled" in effective["reasons"]["accelerator"]
 
 
+async def test_in_another_mode_the_routers_get_their_rights_anew(control_plane, space):
+    """A RoleBinding's roleRef is immutable: it is made anew, and the Role that is needed no longer goes after it."""
+    space.create(tier())
+    for mode in (False, True, False):
+        config = CONFIG.model_copy(update={"cluster_mode": mode})
+        async with controller(control_plane, space.name, config=config) as made:
+            await settle(made, space.name, "chat")
+            await _silent(control_plane, made, space)
+        children = space.children()
+
+        assert children["RoleBinding/chat-router"]["roleRef"]["kind"] == ("ClusterRole" if mode else "Role")
+        assert ("Role/chat-router" in children) != mode
+        assert "ServiceAccount/chat-router" in children
+
+
+async def test_no_router_runs_under_somebody_elses_account(control_plane, space):
+    """From the first pass on: a pod has the rights of the account that it names, whoever gave them."""
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "chat-router"}}
+    accounts = CHILDREN["ServiceAccount"].format(namespace=space.name)
+    space.connection.request("POST", accounts, account)
+    space.create(tier(router={"image": "registry.example/curious:1"}))
+    async with controller(control_plane, space.name) as made:
+        await settle(made, space.name, "chat")
+
+        assert space.condition("Conflict")["status"] == "True"
+        assert set(space.children()) == AGGREGATED - {
+            "Deployment/chat-router",
+            "RoleBinding/chat-router",
+            "ServiceAccount/chat-router",
+        }
+
+        space.delete("chat-router", CHILDREN["ServiceAccount"])
+        await settle(made, space.name, "chat")
+
+    assert set(space.children()) == AGGREGATED
+
+
 async def test_scaling_bounds_change_without_touching_the_pods(control_plane, space):
     """Only what engines depend on restarts engines."""
     space.create(tier())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, Final
@@ -111,7 +111,7 @@ class Changes:
 
     writes: tuple[Write, ...]
     foreign: tuple[Ref, ...]
-    """Names we need that somebody else's objects bear."""
+    """Names we need that somebody else's objects bear. What would name these objects in turn is not written."""
     waiting: tuple[Ref, ...]
     """Objects that are being deleted and must be gone before they are made anew."""
 
@@ -122,40 +122,96 @@ def changes(
     """Compare the desired objects of one owner with the live ones.
 
     ``live`` holds the owner's objects and any others that bear a desired name.
+
+    A pod runs with the rights of the account that it names, whoever made it and whatever was given to it since, so
+    nothing is written that names an account or a Role of somebody else. For the same reason no Deployment is created
+    while one of the NetworkPolicies of its pods is somebody else's; one that exists is kept as desired, as its pods are
+    exposed already.
     """
+    objects = list(desired)
+    named, guarded = _named(objects), _guarded(objects)
     found = {Ref.of(obj): obj for obj in live}
     writes: list[Write] = []
     foreign: list[Ref] = []
     waiting: list[Ref] = []
     wanted: set[Ref] = set()
-    for plain in desired:
+    for plain in objects:
         obj = _with_hash(plain)
         ref = Ref.of(obj)
         wanted.add(ref)
         current = found.get(ref)
         if current is None:
-            writes.append(Write(Verb.CREATE, obj, "it does not exist"))
+            needs = named[ref] | guarded[ref]
+            writes.append(Write(Verb.CREATE, obj, "it does not exist", needs=needs))
         elif not owned_by(current, owner_uid):
             foreign.append(ref)
         elif current["metadata"].get("deletionTimestamp"):
             waiting.append(ref)
+        elif current.get("roleRef", obj.get("roleRef")) != obj.get("roleRef"):
+            writes.append(Write(Verb.DELETE, current, "its roleRef cannot be changed: it is made anew"))
+            writes.append(Write(Verb.CREATE, obj, "its roleRef could not be changed", needs=named[ref]))
         elif why := _difference(current, obj):
             taken = _take_over(current, field_manager)
             if taken is not None:
-                writes.append(Write(Verb.FIELDS, taken, "make fields set at creation removable by apply"))
+                why_taken = "make fields set at creation removable by apply"
+                writes.append(Write(Verb.FIELDS, taken, why_taken, needs=named[ref]))
             body = obj | {"metadata": obj["metadata"] | {"uid": current["metadata"]["uid"]}}
-            writes.append(Write(Verb.APPLY, body, why))
+            writes.append(Write(Verb.APPLY, body, why, needs=named[ref]))
     writes += [
         Write(Verb.DELETE, obj, "the tier no longer needs it")
         for ref, obj in found.items()
         if ref not in wanted and owned_by(obj, owner_uid) and not obj["metadata"].get("deletionTimestamp")
     ]
-    return Changes(tuple(writes), tuple(foreign), tuple(waiting))
+    return Changes(
+        tuple(write for write in writes if write.needs.isdisjoint(foreign)), tuple(foreign), tuple(waiting)
+    )
 
 
 def owned_by(obj: Mapping[str, Any], uid: str) -> bool:
     """Return whether an object names the owner with that uid."""
     return any(owner.get("uid") == uid for owner in obj["metadata"].get("ownerReferences", ()))
+
+
+def _named(objects: Sequence[JsonObject]) -> dict[Ref, frozenset[Ref]]:
+    """Return by object the desired accounts and Roles that give it, or that it gives, rights."""
+    by_name = {
+        (ref.kind, ref.namespace, ref.name): ref
+        for ref in map(Ref.of, objects)
+        if ref.kind in {"ServiceAccount", "Role"}
+    }
+
+    def names(obj: JsonObject) -> Iterator[tuple[str, str, str]]:
+        namespace = obj["metadata"].get("namespace", "")
+        if "roleRef" in obj:
+            yield obj["roleRef"]["kind"], namespace, obj["roleRef"]["name"]
+            for subject in obj.get("subjects", ()):
+                yield subject["kind"], subject.get("namespace", namespace), subject["name"]
+        if account := _pod(obj).get("spec", {}).get("serviceAccountName"):
+            yield "ServiceAccount", namespace, account
+
+    return {
+        Ref.of(obj): frozenset(by_name[name] for name in names(obj) if name in by_name) for obj in objects
+    }
+
+
+def _guarded(objects: Sequence[JsonObject]) -> dict[Ref, frozenset[Ref]]:
+    """Return by object the desired NetworkPolicies that select its pods."""
+    policies = [
+        (Ref.of(obj), obj["spec"]["podSelector"].get("matchLabels", {}).items())
+        for obj in objects
+        if obj["kind"] == "NetworkPolicy"
+    ]
+    found: dict[Ref, frozenset[Ref]] = {}
+    for obj in objects:
+        labels = _pod(obj).get("metadata", {}).get("labels", {}).items()
+        found[Ref.of(obj)] = frozenset(ref for ref, selector in policies if labels and selector <= labels)
+    return found
+
+
+def _pod(obj: JsonObject) -> JsonObject:
+    """Return the pod template of an object; empty where it has none."""
+    template: JsonObject = obj.get("spec", {}).get("template", {})
+    return template
 
 
 def _with_hash(obj: JsonObject) -> JsonObject:

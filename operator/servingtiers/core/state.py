@@ -99,6 +99,8 @@ class Write:
     why: str
     member: int = 0
     """Index of the member whose object it is."""
+    needs: frozenset[Ref] = frozenset()
+    """Objects of the same tier that the object names: without one of them, or with somebody else's, it is not written."""
 
 
 @dataclass(frozen=True, slots=True)
