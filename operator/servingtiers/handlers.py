@@ -10,9 +10,11 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
+import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,11 @@ async def run(options: Options, *, stop: asyncio.Event | None = None) -> None:
     stop = stop or asyncio.Event()
     config = _with_namespaces(options)
     loads = load_source(config)
+    with _stopped_by_signals(stop):
+        await _run(options, config, loads, stop)
+
+
+async def _run(options: Options, config: OperatorConfig, loads: LoadSource, stop: asyncio.Event) -> None:
     async with Cluster.connect(kubeconfig=options.kubeconfig) as cluster:
         controller = Controller(
             cluster,
@@ -131,15 +138,36 @@ async def _lead(
     )
     controller.leading = lambda: leadership.leading
     cluster.guard = leadership.check
-    await _until_first(stop.wait(), leadership.acquire())
-    if stop.is_set():
-        return
     try:
+        await _until_first(stop.wait(), leadership.acquire())
+        if stop.is_set():
+            return
         await _until_first(
             stop.wait(), leadership.hold(), controller.run(), _watch(options, controller, stop)
         )
     finally:
+        # Also where the Lease came in the same moment as the signal.
         await leadership.release()
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(stop: asyncio.Event) -> Iterator[None]:
+    """Stop on SIGINT and SIGTERM for the body.
+
+    Kopf has handlers of its own, which take the place of these, but only while it runs: a process that waits for the
+    Lease must go too, and must not win it on its way out.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are another's business
+        return
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
 
 
 def _with_namespaces(options: Options) -> OperatorConfig:
