@@ -32,8 +32,8 @@ from servingtiers.lab.go_programs import HELM, ProgramUnavailableError, locate_p
 ROOT = Path(__file__).parents[1]
 CHART = ROOT / "charts/servingtiers"
 MANIFESTS = ROOT / "manifests"
-DERIVED = ("namespaces", "clusterMode", "routerServiceAccount")
-"""Configuration that the chart sets by its mode, and that is no value."""
+DERIVED = ("namespaces", "operatorNamespace", "clusterMode", "routerServiceAccount")
+"""Configuration that the chart sets by its mode, or the operator by where it runs, and that is no value."""
 RELEASE = "servingtiers"
 BASE: dict[str, Any] = {}
 OVERLAYS: dict[str, tuple[str, dict[str, Any]]] = {

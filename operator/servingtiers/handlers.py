@@ -99,7 +99,7 @@ def load_source(config: OperatorConfig) -> LoadSource:
 async def run(options: Options, *, stop: asyncio.Event | None = None) -> None:
     """Run the operator until ``stop`` is set, a signal arrives or leadership is lost."""
     stop = stop or asyncio.Event()
-    config = _with_namespaces(options)
+    config = _in_place(options)
     loads = load_source(config)
     with _stopped_by_signals(stop):
         await _run(options, config, loads, stop)
@@ -170,8 +170,9 @@ def _stopped_by_signals(stop: asyncio.Event) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-def _with_namespaces(options: Options) -> OperatorConfig:
-    config = options.config
+def _in_place(options: Options) -> OperatorConfig:
+    """Return the configuration with what only the running process knows: where it runs, and so what it watches."""
+    config = options.config.model_copy(update={"operator_namespace": options.namespace})
     if config.namespaces or config.cluster_mode:
         return config
     return config.model_copy(update={"namespaces": [options.namespace]})
@@ -198,7 +199,7 @@ async def _watch(options: Options, controller: Controller, stop: asyncio.Event) 
     registry = kopf.OperatorRegistry()
     settings = kopf.OperatorSettings()
     _configure(settings)
-    config = _with_namespaces(options)
+    config = _in_place(options)
 
     @kopf.on.login(registry=registry)
     async def login(**kwargs: Any) -> Any:

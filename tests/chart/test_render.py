@@ -230,6 +230,7 @@ def test_two_releases_of_one_cluster_share_no_name():
         ({"mode": "cluster", "watchNamespaces": ["a"]}, "set mode: namespaced"),
         ({"config": {"telemetry": {"source": "Prometheus"}}}, "set config.telemetry.prometheus.url"),
         ({"operator": {"lease": {"retrySeconds": 12}}}, "retrySeconds must be below"),
+        ({"metrics": {"podMonitor": {"enabled": True}}}, "set config.metricsNamespace"),
     ],
 )
 def test_values_that_contradict_each_other_are_refused_with_the_mend(values, mend):

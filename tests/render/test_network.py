@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+from pathlib import Path
 
 import pytest
+import yaml
 
+from servingtiers.core.config import OperatorConfig
+from servingtiers.handlers import Options, _in_place
 from servingtiers.render import engine, names, router, tier_objects
 
 OPERATOR = {"app.kubernetes.io/name": "servingtiers", "app.kubernetes.io/component": "operator"}
@@ -164,6 +168,40 @@ def test_metrics_are_read_by_the_operator_and_by_the_configured_prometheus(
         _may_enter(case, names.router_labels(case.tier), labels, router.METRICS_PORT, namespace=namespace)
         == reads
     )
+
+
+@pytest.mark.parametrize("mode", [{}, {"clusterMode": True}, {"namespaces": ["llm", "other"]}])
+def test_only_the_operators_own_namespace_holds_an_operator(mode, load):
+    """In every mode, with the configuration that runs: its two labels can be set by anybody in a namespace of his own."""
+    running = _in_place(Options(config=OperatorConfig.model_validate(mode), namespace="system"))
+    case = load("latency-minimal", running.model_dump(mode="json", by_alias=True))
+    for labels, port in (
+        (_engine_labels(case), engine.PORT),
+        (names.router_labels(case.tier), router.METRICS_PORT),
+    ):
+        assert _may_enter(case, labels, OPERATOR, port, namespace="system")
+        assert not _may_enter(case, labels, OPERATOR, port, namespace="llm")
+        assert not _may_enter(case, labels, OPERATOR, port, namespace="elsewhere")
+        assert not _may_enter(case, labels, STRANGER, port, namespace="system")
+
+
+def test_an_operator_in_the_tiers_own_namespace_reads_metrics(load):
+    """The default installation."""
+    running = _in_place(Options(config=OperatorConfig(), namespace="llm"))
+    case = load("latency-minimal", running.model_dump(mode="json", by_alias=True))
+    assert _may_enter(case, _engine_labels(case), OPERATOR, engine.PORT)
+    assert not _may_enter(case, _engine_labels(case), OPERATOR, engine.PORT, namespace="elsewhere")
+
+
+def test_the_prometheus_of_the_monitoring_example_reads_engines_and_routers(load):
+    """What the PodMonitors of these values ask for is let in."""
+    folder = Path(__file__).parents[2] / "charts/servingtiers/ci"
+    values = yaml.safe_load((folder / "monitoring-values.yaml").read_text())
+    assert values["metrics"]["podMonitor"]["enabled"]
+    case = load("latency-minimal", values.get("config", {}))
+    assert _may_enter(case, _engine_labels(case), STRANGER, engine.PORT, namespace="monitoring")
+    labels = names.router_labels(case.tier)
+    assert _may_enter(case, labels, STRANGER, router.METRICS_PORT, namespace="monitoring")
 
 
 def test_members_of_a_shared_pool_reach_one_anothers_engines(load):

@@ -75,6 +75,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if and (eq ($telemetry.source | default "Scrape") "Prometheus") (not $telemetry.prometheus) -}}
 {{- fail "config.telemetry.source is Prometheus: set config.telemetry.prometheus.url, or source: Scrape" -}}
 {{- end -}}
+{{- if and .Values.metrics.podMonitor.enabled (eq ($telemetry.source | default "Scrape") "Scrape") (not .Values.config.metricsNamespace) -}}
+{{- fail "metrics.podMonitor: the NetworkPolicies of the tiers let no Prometheus in: set config.metricsNamespace to its namespace" -}}
+{{- end -}}
 {{- $lease := .Values.operator.lease -}}
 {{- if not (and (lt (int $lease.retrySeconds) (int $lease.renewDeadlineSeconds)) (lt (int $lease.renewDeadlineSeconds) (int $lease.durationSeconds))) -}}
 {{- fail "operator.lease: retrySeconds must be below renewDeadlineSeconds, and that below durationSeconds" -}}

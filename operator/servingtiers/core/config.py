@@ -80,6 +80,8 @@ class OperatorConfig(Model):
     telemetry: TelemetryConfig = TelemetryConfig()
     namespaces: list[str] = []
     """Watched namespaces; empty: the operator's own (namespaced mode) or all (cluster mode)."""
+    operator_namespace: str | None = None
+    """Namespace of the operator's pods, which NetworkPolicies admit to the metrics; set by the operator itself."""
     cluster_mode: bool = False
     """Watch the whole cluster and use cluster-scoped permissions."""
     allow_remote_code: bool = False

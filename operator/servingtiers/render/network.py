@@ -35,17 +35,23 @@ def _pods(labels: dict[str, str]) -> JsonObject:
     return {"podSelector": {"matchLabels": dict(labels)}}
 
 
+def _namespace(name: str) -> JsonObject:
+    """Return a selector of one namespace: by the label that the API server itself sets."""
+    return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
+
+
 def _metrics_readers(config: OperatorConfig) -> list[JsonObject]:
     """Return who reads metrics: the operator, and Prometheus where it is the source of telemetry or configured."""
     operator = _pods({names.NAME_LABEL: names.MANAGED_BY, names.COMPONENT_LABEL: names.OPERATOR})
-    if config.cluster_mode or config.namespaces:
-        # The operator may live in another namespace; it is known by its labels there.
+    if config.operator_namespace is not None:
+        # Its labels alone are no proof: anybody may set them on pods of a namespace of his own.
+        operator = {**_namespace(config.operator_namespace), **operator}
+    elif config.cluster_mode or config.namespaces:
+        # Rendered without an operator, which may come to live in any namespace.
         operator = {"namespaceSelector": {}, **operator}
     readers = [operator]
     if config.metrics_namespace is not None:
-        readers.append(
-            {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": config.metrics_namespace}}}
-        )
+        readers.append(_namespace(config.metrics_namespace))
     elif config.telemetry.source == "Prometheus":
         readers.append({"namespaceSelector": {}, **_pods({names.NAME_LABEL: "prometheus"})})
     return readers
