@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 WATCHED = (*CHILDREN, POD)
 """Kinds watched by label."""
 _MOVING_SECONDS = 2.0
-"""Loads are read this often while engines are between two tiers: a drained one should not wait for the next tick."""
+"""Loads of tiers with engines between them are read this often: a drained one should not wait for the next tick."""
 _BUSY_SECONDS = 0.2
 _SELECTOR = f"{names.MANAGED_BY_LABEL}={names.MANAGED_BY}"
 
@@ -229,32 +229,46 @@ class Controller:
         return [item for items, _ in pages for item in items], min(version for _, version in pages)
 
     async def _tick(self) -> None:
-        interval = parse_duration(self._config.telemetry.interval)
+        telemetry = self._config.telemetry
+        interval = parse_duration(telemetry.interval)
+        quick = _MOVING_SECONDS
+        if telemetry.source == "Prometheus" and telemetry.prometheus is not None:
+            # It knows nothing new before its next scrape.
+            quick = max(quick, parse_duration(telemetry.prometheus.scrape_interval))
         while True:
-            began = time.monotonic()
+            began = latest = time.monotonic()
             await self.read_loads()
+            # Nothing has changed but the time: what failed goes on waiting for its turn.
             for tier in list(self.store.tiers.values()):
-                self.queue.add(group_of(tier))
+                self.queue.add(group_of(tier), urgent=False)
             self.metrics.update(self._gauges())
             while True:
-                pause = min(interval, _MOVING_SECONDS) if self._moving else interval
-                left = pause - (time.monotonic() - began)
+                left = interval - (time.monotonic() - began)
                 await asyncio.sleep(min(max(0.1, left), _MOVING_SECONDS / 2))
                 if left <= _MOVING_SECONDS / 2:
                     break
+                if self._moving and time.monotonic() - latest >= quick:
+                    latest = time.monotonic()
+                    moving = frozenset(self._moving)
+                    await self.read_loads(moving)
+                    for group in moving:
+                        self.queue.add(group, urgent=False)
 
-    async def read_loads(self) -> None:
-        """Read the load of all tiers at once."""
+    async def read_loads(self, groups: Collection[Key] | None = None) -> None:
+        """Read the load of all tiers at once, or of those of some groups."""
         now = self._clock()
         targets: dict[str, tuple[Key, str, TierTargets]] = {}
         for key, raw in list(self.store.tiers.items()):
+            if groups is not None and group_of(raw) not in groups:
+                continue
             try:
                 tier = ServingTier.model_validate(raw)
             except ValidationError:
                 continue  # its condition says what is wrong; there is nothing to read
             target = facts.telemetry_targets(tier, *self.store.belonging_to(key), self._guests(key))
             targets[target.key] = (key, tier.metadata.uid, target)
-        loads = await self._loads.read([target for _, _, target in targets.values()], now)
+        asked = [target for _, _, target in targets.values()]
+        loads = await self._loads.read(asked, now, complete=groups is None)
         for name, (key, uid, _) in targets.items():
             current = self.store.tiers.get(key)
             if current is None or current["metadata"]["uid"] != uid:
@@ -423,6 +437,8 @@ class Controller:
                 if 400 <= error.status < 500 and error.status != 429:
                     failures[write.member].append(f"{write.verb} {ref.kind} {ref.name}: {error.message}")
                 worst = error
+                if error.status == 429:
+                    break  # the API server asks for a pause: the rest would only add to what it has too much of
         for state, failed in zip(states, failures, strict=True):
             state.failures = tuple(failed)
         for event in plan.events:

@@ -592,6 +592,18 @@ async def test_pods_that_are_gone_are_forgotten(scrape_rig):
     assert not scrape_rig.source._engines
 
 
+async def test_pods_of_tiers_that_are_not_asked_for_are_neither_asked_nor_forgotten(scrape_rig):
+    """While engines move between some tiers the others keep their history."""
+    await scrape_rig.engine("a")
+    await scrape_rig.tick(2)
+    (before,) = scrape_rig.source._engines.values()
+    answers = len(before.scans)
+
+    assert await scrape_rig.source.read([], 0.0, complete=False) == {}
+    assert list(scrape_rig.source._engines.values()) == [before]
+    assert len(before.scans) == answers
+
+
 # --- a Prometheus that misbehaves
 
 

@@ -74,6 +74,47 @@ async def test_the_earliest_of_several_delays_wins():
     assert await asyncio.wait_for(q.get(), 1) == "a"
 
 
+async def test_a_tick_does_not_end_a_pause_and_a_change_does():
+    """Else every pause would last one tick, and a server that asks for one would not get it."""
+    q = queue()
+    q.add("a", urgent=False)
+    await q.get()
+    q.failed("a", at_least=30)
+    q.add("a", urgent=False)
+
+    assert q.depth == 0
+
+    q.add("a")
+
+    assert q.depth == 1
+
+    await q.get()
+    q.done("a")
+    q.add("a", urgent=False)
+
+    assert q.depth == 1
+
+
+async def test_a_tick_during_work_that_fails_waits_for_the_end_of_the_pause():
+    """What a tick adds while a key is worked on is no reason to try again at once; a change meanwhile is."""
+    q = queue()
+    for urgent in ((False,), (False, True), (True, False)):
+        q.add("a")
+        await q.get()
+        for each in urgent:
+            q.add("a", urgent=each)
+        q.failed("a", at_least=30)
+
+        assert q.depth == any(urgent)
+
+    await q.get()
+    q.add("a", urgent=False)
+    q.done("a")
+
+    assert q.depth == 1
+    q.forget("a")
+
+
 async def test_a_server_may_ask_for_a_longer_pause():
     """Retry-After is a minimum."""
     q = queue(backoff=(0.001, 0.002))

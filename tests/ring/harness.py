@@ -40,7 +40,7 @@ CHILDREN = {
 class Silence:
     """A load source that knows nothing: every signal stays Unknown."""
 
-    async def read(self, tiers, now):
+    async def read(self, tiers, now, *, complete=True):
         return {tier.key: TierLoad() for tier in tiers}
 
     async def close(self):

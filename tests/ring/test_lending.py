@@ -32,7 +32,7 @@ class Script:
     def __init__(self) -> None:
         self.running = {"chat": 5.0, "batch": 18.0}
 
-    async def read(self, tiers, now):
+    async def read(self, tiers, now, *, complete=True):
         found = {}
         for each in tiers:
             serving = len(each.pools[0].pods)

@@ -183,13 +183,17 @@ class PrometheusSource:
             ),
         )
 
-    async def read(self, tiers: Sequence[TierTargets], now: float) -> Mapping[str, TierLoad]:
+    async def read(
+        self, tiers: Sequence[TierTargets], now: float, *, complete: bool = True
+    ) -> Mapping[str, TierLoad]:
         """Return the load of each tier by its key.
 
         Args:
-            tiers: Every tier of the tick.
+            tiers: The tiers that are asked for.
             now: Unix time, seconds.
+            complete: Whether these are all tiers; Prometheus remembers for itself.
         """
+        del complete
         if not tiers:
             return {}
         return await asyncio.to_thread(self._read, tiers, now)

@@ -91,16 +91,18 @@ class ScrapeSource:
                 f" ({self.interval:g} s): a rate needs two samples, so raise window"
             )
 
-    async def read(self, tiers: Sequence[TierTargets], now: float) -> Mapping[str, TierLoad]:
+    async def read(
+        self, tiers: Sequence[TierTargets], now: float, *, complete: bool = True
+    ) -> Mapping[str, TierLoad]:
         """Scrape every ready pod of ``tiers`` and return the load of each tier by its key.
 
         Args:
-            tiers: Every tier of the tick; pods that are missing here are forgotten.
+            tiers: The tiers that are asked for.
             now: Unix time, seconds.
+            complete: These are all tiers there are: pods that are missing here are forgotten.
         """
         ahead = now - self.monotonic()
-        self._follow(tiers)
-        pods: list[_Engine | _Router] = [*self._engines.values(), *self._routers.values()]
+        pods = self._follow(tiers, complete=complete)
         # Hanging pods must not use up the others' time: whoever failed last time comes last.
         pods.sort(key=lambda pod: pod.failed)
         await self._scrape_all(pods, ahead)
@@ -125,7 +127,8 @@ class ScrapeSource:
             await self._session.close()
             self._session = None
 
-    def _follow(self, tiers: Sequence[TierTargets]) -> None:
+    def _follow(self, tiers: Sequence[TierTargets], *, complete: bool) -> list[_Engine | _Router]:
+        """Return the pods to ask, with what they answered before."""
         engines: dict[_Key, _Engine] = {}
         routers: dict[_Key, _Router] = {}
         for tier in tiers:
@@ -137,7 +140,11 @@ class ScrapeSource:
                 key = _key(tier, pod)
                 routers[key] = self._routers.get(key) or _Router(pod, deque(maxlen=_MOST_SCANS))
                 routers[key].target = pod
+        asked = [*engines.values(), *routers.values()]
+        if not complete:
+            engines, routers = self._engines | engines, self._routers | routers
         self._engines, self._routers = engines, routers
+        return asked
 
     async def _scrape_all(self, pods: Sequence[_Engine | _Router], ahead: float) -> None:
         for pod in pods:

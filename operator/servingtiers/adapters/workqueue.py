@@ -26,16 +26,25 @@ class WorkQueue(Generic[K]):
         self._ready: asyncio.Queue[K] = asyncio.Queue()
         self._waiting: dict[K, float] = {}
         self._working: set[K] = set()
-        self._again: set[K] = set()
+        self._again: dict[K, bool] = {}
+        """Keys that came while they were worked on, and whether one of their reasons was urgent."""
         self._timers: dict[K, asyncio.TimerHandle] = {}
         self._failures: dict[K, int] = {}
 
-    def add(self, key: K) -> None:
-        """Let the key be worked on as soon as a worker is free."""
+    def add(self, key: K, *, urgent: bool = True) -> None:
+        """Let the key be worked on as soon as a worker is free.
+
+        Args:
+            key: The key.
+            urgent: Something has changed, which may well be the mend of a failure. Without it a key that has failed goes
+                on waiting for its time.
+        """
+        if not urgent and key in self._failures and key in self._timers:
+            return
         if (timer := self._timers.pop(key, None)) is not None:
             timer.cancel()
         if key in self._working:
-            self._again.add(key)
+            self._again[key] = urgent or self._again.get(key, False)
         elif key not in self._waiting:
             self._waiting[key] = self._clock()
             self._ready.put_nowait(key)
@@ -65,11 +74,15 @@ class WorkQueue(Generic[K]):
     def done(self, key: K) -> None:
         """Say that the work on a key went well."""
         self._failures.pop(key, None)
-        self._finish(key)
+        self._working.discard(key)
+        if self._again.pop(key, None) is not None:
+            self.add(key)
 
     def failed(self, key: K, *, at_least: float = 0.0) -> float:
         """Say that the work on a key failed; it comes again after the returned pause, seconds."""
-        self._finish(key)
+        self._working.discard(key)
+        if self._again.pop(key, False):
+            self.add(key)
         failures = self._failures[key] = self._failures.get(key, 0) + 1
         first, longest = self._backoff
         pause = min(longest, first * 2.0 ** min(failures - 1, 16))
@@ -82,12 +95,6 @@ class WorkQueue(Generic[K]):
         self._failures.pop(key, None)
         if (timer := self._timers.pop(key, None)) is not None:
             timer.cancel()
-
-    def _finish(self, key: K) -> None:
-        self._working.discard(key)
-        if key in self._again:
-            self._again.discard(key)
-            self.add(key)
 
     @property
     def depth(self) -> int:

@@ -117,14 +117,17 @@ class TierTargets:
 class LoadSource(Protocol):
     """Reads the load of all tiers at once."""
 
-    async def read(self, tiers: Sequence[TierTargets], now: float) -> Mapping[str, TierLoad]:
+    async def read(
+        self, tiers: Sequence[TierTargets], now: float, *, complete: bool = True
+    ) -> Mapping[str, TierLoad]:
         """Return the load of every tier by :attr:`TierTargets.key`.
 
         Never raises for what the network or a pod does: that is an ``Unknown`` with its reason.
 
         Args:
-            tiers: Every tier of the tick; pods that are missing here are forgotten.
+            tiers: The tiers that are asked for.
             now: Unix time, seconds.
+            complete: These are all tiers there are: pods that are missing here are forgotten.
         """
         ...
 
