@@ -152,13 +152,14 @@ def plan(observed: Observed) -> Plan:
     accepted = [look for look in looks if isinstance(look, _Accepted)]
     group = Group(
         tuple(_as_member(look) for look in accepted),
-        tuple(engine for look in accepted for engine in _engines(look, accepted, observed)),
+        tuple(_engines(looks, observed)),
         pool.spec.max_accelerators if pool is not None else None,
+        frozenset(_key(look.member) for look in looks if isinstance(look, _Refused)),
     )
     outcome = lending.decide(group, scaling.decide(group.tiers, observed.now), observed.now)
     by_key = {decision.key: decision for decision in outcome.tiers}
     # Engines move before engines start.
-    told = _moves(outcome.relabels, group.engines, observed.now)
+    told = _moves(outcome.relabels, group, observed.now)
     writes = _relabels(outcome.relabels, told, looks, observed)
     events: list[Event] = []
     remember: list[object | None] = []
@@ -285,21 +286,35 @@ def _as_member(look: _Accepted) -> TierObservation:
     return replace(look.observation, spec=spec)
 
 
-def _engines(look: _Accepted, accepted: Sequence[_Accepted], observed: Observed) -> tuple[SharedEngine, ...]:
+def _key(member: Member) -> str:
+    meta = member.raw["metadata"]
+    return f"{meta['namespace']}/{meta['name']}"
+
+
+def _engines(
+    looks: Sequence[_Accepted | _Refused | None], observed: Observed
+) -> Iterator[SharedEngine]:
+    """Yield the engines of the tiers; of one whose spec is refused only those that nobody's routers select."""
     flights = {
         pod: (signal, member.load_age)
         for member in observed.members
         for pod, signal in member.load.in_flight.items()
     }
-    return shared_engines(
-        look.tier.metadata.namespace,
-        look.tier.metadata.name,
-        look.member.pods,
-        [other.tier.metadata.name for other in accepted],
-        flights,
-        sharing=look.tier.spec.shared_pool is not None,
-        now=observed.now,
-    )
+    tiers = [look.member.raw["metadata"]["name"] for look in looks if look is not None]
+    for look in looks:
+        if look is None:
+            continue
+        meta = look.member.raw["metadata"]
+        found = shared_engines(
+            meta["namespace"],
+            meta["name"],
+            look.member.pods,
+            tiers,
+            flights,
+            sharing=isinstance(look, _Accepted) and look.tier.spec.shared_pool is not None,
+            now=observed.now,
+        )
+        yield from (engine for engine in found if isinstance(look, _Accepted) or engine.holder is None)
 
 
 def _relabels(
@@ -355,17 +370,17 @@ def _relabel(
 
 
 def _moves(
-    relabels: Sequence[Relabel], engines: Sequence[SharedEngine], now: float
+    relabels: Sequence[Relabel], group: Group, now: float
 ) -> dict[str, dict[str, DecisionRecord]]:
     """Return what is to be told of engines that move: the engine's uid to tier key to the record."""
-    by_uid = {engine.uid: engine for engine in engines}
-    serving = Counter(engine.holder for engine in engines if engine.ready and not engine.leaving)
+    by_uid = {engine.uid: engine for engine in group.engines}
+    serving = Counter(engine.holder for engine in group.engines if engine.ready and not engine.leaving)
     found: dict[str, dict[str, DecisionRecord]] = {}
     for relabel in relabels:
         engine = by_uid[relabel.uid]
         for key, change in ((engine.holder, -1), (relabel.holder, 1)):
-            if key is None:
-                continue
+            if key is None or key in group.refused:
+                continue  # of a refused tier not all engines are known: there is nothing to count from
             found.setdefault(relabel.uid, {})[key] = DecisionRecord(
                 time=to_time(now),
                 pool="pool",

@@ -580,6 +580,31 @@ def test_an_engine_whose_pool_was_left_goes_home():
     assert moves(run([replace(BATCH_TIER, shares=False)], engines)) == [("2", None, "batch")]
 
 
+def test_a_member_whose_spec_is_refused_keeps_what_it_holds():
+    """Nothing is taken from it for a mistake, but a home that has left the pool calls its engines back."""
+    engines = [engine("1", "batch"), engine("2", "batch", "chat", held=900)]
+    for home, found in ((BATCH_TIER, []), (replace(BATCH_TIER, shares=False), [("2", None, "batch")])):
+        observed, decided = group([home], engines)
+        observed = replace(observed, refused=frozenset({"llm/chat"}))
+        assert moves(decide(observed, decided, NOW)) == found
+
+
+@pytest.mark.parametrize(
+    ("bound_for", "flight", "held", "moved"),
+    [
+        ("chat", 0, 9.0, [("2", None, "batch")]),
+        ("batch", 0, 9.0, [("2", "batch", None)]),
+        ("batch", 5, 9.0, []),
+        ("batch", 5, 61.0, [("2", "batch", None)]),
+    ],
+)
+def test_an_engine_without_a_holder_goes_home_also_when_that_is_refused(bound_for, flight, held, moved):
+    engines = [engine("c", "chat"), engine("2", "batch", None, bound_for=bound_for, flight=flight, held=held)]
+    observed, decided = group([CHAT], engines)
+    observed = replace(observed, refused=frozenset({"llm/batch"}))
+    assert moves(decide(observed, decided, NOW)) == moved
+
+
 # --- always -----------------------------------------------------------------------------------------------------
 
 _SIGNALS = st.one_of(

@@ -49,6 +49,9 @@ class Group:
     """Engines whose home is a member. One whose holder is no member is called home."""
     max_accelerators: int | None = None
     """Most accelerators that all members may hold together; None: no limit."""
+    refused: frozenset[str] = frozenset()
+    """Keys of the tiers beside the members whose spec is refused: what serves them is left as it is. Of their engines
+    only those without a holder are among ``engines``, and go home."""
 
 
 @dataclass(frozen=True, slots=True)

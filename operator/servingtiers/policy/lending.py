@@ -327,12 +327,12 @@ def _go_on(book: _Book) -> None:
         waited = engine.held_seconds
         goal = seat.bound_for or engine.home
         if goal != engine.home and not _may_receive(book, goal, engine.home):
-            book.put(
-                seat,
-                None,
-                engine.home,
-                f"{_name(goal)} no longer takes part: it goes home to {_name(engine.home)}",
+            why = (
+                f"the spec of {_name(engine.home)} is not accepted"
+                if engine.home in book.group.refused
+                else f"{_name(goal)} no longer takes part"
             )
+            book.put(seat, None, engine.home, f"{why}: it goes home to {_name(engine.home)}")
         elif _drained(book, seat, goal):
             left = number(engine.in_flight)
             rest = "nothing is in flight" if not left else f"only {left:.0f} requests are in flight"
@@ -399,6 +399,8 @@ def _why_home(book: _Book, seat: _Seat) -> str | None:
     home, holder = book.member(seat.engine.home), book.member(seat.holder or "")
     if home is None:
         return None  # nobody here may touch it: it is another group's
+    if holder is None and home.terms is not None and seat.holder in book.group.refused:
+        return None  # a mistake in its spec takes nothing away from it
     if holder is None or holder.terms is None or home.terms is None:
         return f"{_name(seat.holder or '')} and {home.name} share no pool any more"
     if not (holder.active or holder.frozen):
