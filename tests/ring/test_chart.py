@@ -122,8 +122,6 @@ def _stray(owner: dict, kind: str) -> dict:
 
 
 _ALWAYS_IDLE = {
-    # Asked for by an admission plugin that this API server does not run.
-    ("servingtiers.io/servingtiers/finalizers", "update"),
     # Read only when a write met an object that had changed in the same instant.
     ("servingtiers.io/servingtiers", "get"),
     ("servingtiers.io/tierpools", "get"),

@@ -11,11 +11,6 @@ cluster mode the one thing more is to bind the routers' fixed ClusterRole.
 - apiGroups: [servingtiers.io]
   resources: [servingtiers/status, tierpools/status]
   verbs: [patch]
-# Children name their tier as controlling owner with blockOwnerDeletion, which
-# OwnerReferencesPermissionEnforcement allows only to those who may do this.
-- apiGroups: [servingtiers.io]
-  resources: [servingtiers/finalizers]
-  verbs: [update]
 - apiGroups: [apps]
   resources: [deployments]
   verbs: [get, list, watch, create, patch, delete]
