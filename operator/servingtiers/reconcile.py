@@ -291,9 +291,7 @@ def _key(member: Member) -> str:
     return f"{meta['namespace']}/{meta['name']}"
 
 
-def _engines(
-    looks: Sequence[_Accepted | _Refused | None], observed: Observed
-) -> Iterator[SharedEngine]:
+def _engines(looks: Sequence[_Accepted | _Refused | None], observed: Observed) -> Iterator[SharedEngine]:
     """Yield the engines of the tiers; of one whose spec is refused only those that nobody's routers select."""
     flights = {
         pod: (signal, member.load_age)
@@ -369,9 +367,7 @@ def _relabel(
     return Write(Verb.LABEL, body, relabel.reason, index)
 
 
-def _moves(
-    relabels: Sequence[Relabel], group: Group, now: float
-) -> dict[str, dict[str, DecisionRecord]]:
+def _moves(relabels: Sequence[Relabel], group: Group, now: float) -> dict[str, dict[str, DecisionRecord]]:
     """Return what is to be told of engines that move: the engine's uid to tier key to the record."""
     by_uid = {engine.uid: engine for engine in group.engines}
     serving = Counter(engine.holder for engine in group.engines if engine.ready and not engine.leaving)

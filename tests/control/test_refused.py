@@ -51,7 +51,11 @@ class World:
         self.cluster, self.clock = InMemoryCluster(), Clock()
         config = CONFIG.model_copy(update={"namespaces": ["llm"], "operator_namespace": "llm"})
         self.controller = Controller(self.cluster, config, Silence(), clock=self.clock)
-        pool = {"apiVersion": "servingtiers.io/v1alpha1", "kind": "TierPool", "spec": {"servedModelName": "llama"}}
+        pool = {
+            "apiVersion": "servingtiers.io/v1alpha1",
+            "kind": "TierPool",
+            "spec": {"servedModelName": "llama"},
+        }
         self.cluster.put(pool | {"metadata": {"name": "llama", "namespace": "llm"}})
         for name in MEMBERS:
             self.write(name)

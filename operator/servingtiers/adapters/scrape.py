@@ -140,7 +140,7 @@ class ScrapeSource:
                 key = _key(tier, pod)
                 routers[key] = self._routers.get(key) or _Router(pod, deque(maxlen=_MOST_SCANS))
                 routers[key].target = pod
-        asked = [*engines.values(), *routers.values()]
+        asked: list[_Engine | _Router] = [*engines.values(), *routers.values()]
         if not complete:
             engines, routers = self._engines | engines, self._routers | routers
         self._engines, self._routers = engines, routers

@@ -39,13 +39,14 @@ class WorkQueue(Generic[K]):
             urgent: Something has changed, which may well be the mend of a failure. Without it a key that has failed goes
                 on waiting for its time.
         """
+        if key in self._working:
+            self._again[key] = urgent or self._again.get(key, False)
+            return
         if not urgent and key in self._failures and key in self._timers:
             return
         if (timer := self._timers.pop(key, None)) is not None:
             timer.cancel()
-        if key in self._working:
-            self._again[key] = urgent or self._again.get(key, False)
-        elif key not in self._waiting:
+        if key not in self._waiting:
             self._waiting[key] = self._clock()
             self._ready.put_nowait(key)
 
