@@ -34,7 +34,7 @@ class Loads:
     def __init__(self, meanwhile=lambda: None):
         self.meanwhile = meanwhile
 
-    async def read(self, tiers, now):
+    async def read(self, tiers, now, *, complete=True):
         self.meanwhile()
         return {tier.key: TierLoad({"pool": "what was read"}) for tier in tiers}
 
