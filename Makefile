@@ -86,6 +86,7 @@ generate: setup ## Write everything that is generated from code: CRD, references
 	@$(BIN)/servingtiers crds --output-dir crds --reference docs/reference/api.md
 	@$(BIN)/python charts/generate.py
 	@$(BIN)/python -m servingtiers.performance.rules_of_thumb docs/explanation/rules-of-thumb.md
+	@$(BIN)/python -m servingtiers.performance.catalogue_page docs/reference/catalogue.md
 	@UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/render/test_golden.py
 
 .PHONY: verify-generated
@@ -94,6 +95,8 @@ verify-generated: setup ## Fail where a generated file is out of step
 	@$(BIN)/python charts/generate.py --check
 	@$(BIN)/python tests/tools/same.py docs/explanation/rules-of-thumb.md -- \
 	  $(BIN)/python -m servingtiers.performance.rules_of_thumb
+	@$(BIN)/python tests/tools/same.py docs/reference/catalogue.md -- \
+	  $(BIN)/python -m servingtiers.performance.catalogue_page
 
 # -- longer rings ----------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -170,6 +171,16 @@ def test_wrong_input_is_one_line_with_the_mend(engine, arguments, message):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert len([line for line in result.stderr.splitlines() if line.startswith("Error:")]) == 1
+
+
+def test_objectives_are_of_one_tier(engine, tmp_path):
+    """Which of several was meant cannot be guessed."""
+    tier = (Path(__file__).parents[2] / "manifests/examples/balanced.yaml").read_text()
+    both = tmp_path / "both.yaml"
+    both.write_text(f"{tier}\n---\n{tier}")
+    result = bench(engine, *TRACE, "--tier", str(both))
+    assert result.exit_code == 2
+    assert "holds 2 ServingTiers" in result.stderr
 
 
 def test_an_address_without_a_server_is_an_input_error():

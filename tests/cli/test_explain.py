@@ -212,6 +212,8 @@ def test_one_tier_of_a_list_is_found_by_its_name(tmp_path):
         (("-f", "missing.yaml"), None, "cannot be read"),
         (("-f", "-"), "a: [", "is no YAML"),
         (("-f", "-"), "kind: Pod", "holds no ServingTier"),
+        (("-f", "-"), "kind: List\nitems:", "holds no ServingTier"),
+        (("chat", "-f", "-"), "kind: ServingTier\nmetadata: 3", "holds no ServingTier named chat"),
         (
             ("-f", "-"),
             "kind: ServingTier\napiVersion: v1\nmetadata: {name: a}\nspec: {}",

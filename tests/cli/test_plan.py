@@ -74,7 +74,7 @@ def test_yaml_is_a_serving_tier_that_asks_for_the_plan() -> None:
     tier = ServingTier.model_validate(document)
 
     assert tier.metadata.name == "chat"
-    assert tier.spec.model.name == "meta-llama/Llama-3.1-8B"
+    assert tier.spec.model.name == MODEL  # not the base model, which has the same shape
     assert tier.spec.slo is not None
     assert tier.spec.slo.ttft is not None
     assert tier.spec.slo.ttft.p99 == "500ms"
@@ -122,6 +122,8 @@ spec:
     assert result.exit_code == 0, result.output
     spec = yaml.safe_load(result.stdout)["spec"]
     assert spec["model"] == {"name": MODEL, "servedName": "chat"}
+    assert spec["workload"]["requestsPerSecond"] == "30"
+    assert spec["workload"]["promptTokens"] == {"mean": 512, "p95": 2048}
     assert spec["drainTimeout"] == "90s"
     assert spec["pool"]["hardware"] == {"accelerators": ["h100-sxm-80gb"], "tensorParallel": 1}
     assert spec["pool"]["scaling"]["minReplicas"] == 2
@@ -221,6 +223,8 @@ def test_a_plan_over_every_accelerator_takes_two_seconds_at_most() -> None:
         (["--rate", "1", "--tail-margin", "0.5"], "use 1 to 10"),
         (["--rate", "1", "--spare", "-1"], "use 0 or more"),
         (["--rate", "1", "--top", "0"], "use 1 or more"),
+        (["--rate", "1", "--name", "Chat!"], "a-z, 0-9 and -"),
+        (["--rate", "1", "--max-num-seqs", "64", "--max-num-batched-tokens", "32"], "below max-num-seqs 64"),
         (["--rate", "1", "--arrivals", "lumpy"], "use poisson"),
         (["--rate", "1", "-f", "/no/such/tier.yaml"], "does not exist"),
     ],
@@ -337,3 +341,138 @@ def test_a_profile_is_of_one_engine(tmp_path, more, told) -> None:
     assert result.exit_code == 2
     assert f"2 {told} values are allowed: give one" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+TIER = """
+apiVersion: servingtiers.io/v1alpha1
+kind: ServingTier
+metadata: {name: chat, namespace: llm}
+spec:
+  tier: Latency
+  model: {name: meta-llama/Llama-3.1-8B-Instruct, servedName: chat, revision: abc}
+  slo: {window: 48h, ttft: {p99: 500ms}, tpot: {p99: 50ms}}
+  workload: {requestsPerSecond: "200", promptTokens: {mean: 512, p95: 512}, outputTokens: {mean: 128, p95: 128}}
+  pool:
+    hardware: {accelerators: [h100-sxm-80gb], tensorParallel: 1, onShortage: NextCheapest}
+    engine: {maxNumSeqs: 64, quantization: FP8, env: {UCX_TLS: tcp}}
+    scaling: {minReplicas: 1, maxReplicas: 2}
+"""
+
+
+def test_what_flags_override_is_what_is_printed(tmp_path) -> None:
+    """A tier that names the old model, objectives or batch beside a fleet for the new ones would be a trap."""
+    path = tmp_path / "tier.yaml"
+    path.write_text(TIER, encoding="utf-8")
+
+    def printed(*flags: str) -> tuple[str, dict]:
+        result = CliRunner().invoke(main, ["plan", "-f", str(path), "--no-simulation", "-o", "yaml", *flags])
+        assert result.exit_code == 0, result.output
+        return result.stdout, yaml.safe_load(result.stdout)["spec"]
+
+    text, same = printed()
+    given = yaml.safe_load(TIER)["spec"]
+    assert {key: same[key] for key in ("model", "slo")} == {key: given[key] for key in ("model", "slo")}
+    assert same["pool"]["engine"].items() >= given["pool"]["engine"].items()
+    assert same["pool"]["hardware"] == given["pool"]["hardware"]
+    assert "CAUTION: maxReplicas 2 is below the" in text
+
+    _, other = printed("--model", "Qwen/Qwen2.5-7B-Instruct", "--slo", "ttft.p99=2s", "--max-num-seqs", "32")
+    assert other["model"] == {"name": "Qwen/Qwen2.5-7B-Instruct", "servedName": "chat"}
+    assert other["slo"] == {"window": "48h", "ttft": {"p99": "2s"}}
+    assert other["pool"]["engine"]["maxNumSeqs"] == 32
+    assert other["pool"]["engine"]["env"] == {"UCX_TLS": "tcp"}
+
+    _, wide = printed("--weights", "bf16", "--prompt-tokens", "1000", "--length-cv", "0")
+    assert "quantization" not in wide["pool"]["engine"]
+    assert wide["workload"]["promptTokens"] == {"mean": 1000, "p95": 1000}
+    assert wide["workload"]["outputTokens"] == given["workload"]["outputTokens"]
+
+
+def test_a_model_is_called_as_it_was_asked_for() -> None:
+    """Several checkpoints have one shape; the part after the slash finds the publisher's spelling."""
+    answer = CliRunner().invoke(
+        main,
+        ["plan", "--model", "llama-3.1-8b-instruct", "--rate", "5", *FEW, "--no-simulation", "-o", "json"],
+    )
+
+    assert json.loads(answer.stdout)["choices"][0]["model"] == MODEL
+
+
+def test_no_fleet_is_exit_code_three_in_every_form() -> None:
+    """Nothing that could be applied is printed."""
+    result = CliRunner().invoke(main, [*BASE, "--rate", "10", "--slo", "e2e.p99=100ms", *FEW, "-o", "yaml"])
+
+    assert result.exit_code == 3
+    assert result.stdout == ""
+    assert "infeasible at any number of replicas" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--tensor-parallel", "3"], "choose 1, 2, 4 or 8"),
+        (["--tensor-parallel", "16"], "exceeds the 8 GPUs of a node"),
+        (["--disaggregation", "only", "--slo", "ttft.p99=2ms"], "for prefill"),
+        (["--disaggregation", "only", "--slo", "tpot.p99=1ms"], "for decode"),
+        (["--disaggregation", "only", "--output-tokens", "1"], "nothing to decode"),
+        (["--disaggregation", "only", "--kv-link", "0.001", "--slo", "e2e.p99=20s"], "for decode"),
+    ],
+)
+def test_why_there_is_no_fleet_is_told_whatever_was_allowed(flags, reason) -> None:
+    """Not "no accelerator is allowed" where the reason is another one, and of many the one that says most."""
+    result = CliRunner().invoke(main, [*BASE, "--rate", "1", *flags, "--no-simulation"])
+
+    assert result.exit_code == 3, result.output
+    assert reason in result.stdout.splitlines()[1]
+
+
+@pytest.mark.parametrize("how", ["auto", "only"])
+def test_a_model_that_fits_nowhere_is_told_of_the_largest_replica(how) -> None:
+    """That it does not fit one L4 says nothing where four B200 were allowed."""
+    few = ("--accelerator", "l4", "--accelerator", "b200", "--tensor-parallel", "1", "--tensor-parallel", "4")
+    asked = ["plan", "--model", "meta-llama/Llama-3.1-405B", "--rate", "1", *few, "--disaggregation", how]
+    result = CliRunner().invoke(main, [*asked, "--no-simulation"])
+
+    assert result.exit_code == 3, result.output
+    assert "does not fit 4 x b200-sxm-180gb" in result.stdout.splitlines()[1]
+
+
+def test_no_fleet_is_of_engines_that_cannot_hold_one_request() -> None:
+    """Closed forms alone recommended L4s with room for 9,030 tokens for prompts of 20,000."""
+    asked = ("--rate", "1", "--prompt-tokens", "20000", "--tensor-parallel", "1", "--no-simulation")
+    text = run(*asked, "--accelerator", "l4", code=3)
+    larger = json.loads(run(*asked, "--accelerator", "l4", "--accelerator", "l40s", "-o", "json"))
+
+    assert "the KV cache of 1 x l4-24gb does not hold one request" in text.splitlines()[1]
+    used = {pool["accelerator"] for choice in larger["choices"] for pool in choice["pools"]}
+    assert used == {"l40s-48gb"}
+
+
+def test_a_prompt_that_some_accelerators_cannot_hold_is_planned_for_the_others() -> None:
+    """Also where the others miss the objectives: the search for the nearest ones ended in an error once."""
+    text = run(
+        *("--rate", "1", "--prompt-tokens", "20000", "--slo", "ttft.p99=10ms", "--no-simulation"),
+        *("--accelerator", "l4", "--accelerator", "h100", "--tensor-parallel", "1"),
+        code=3,
+    )
+
+    assert "nearest feasible: TTFT p99" in text
+
+
+def test_a_token_budget_leaves_out_batches_it_has_no_room_for() -> None:
+    """A budget below its batch is refused by vLLM; it was raised silently to the largest batch that is tried."""
+    answer = json.loads(
+        run("--rate", "5", "--max-num-batched-tokens", "64", *FEW, "--no-simulation", "-o", "json")
+    )
+    pools = [pool for choice in answer["choices"] for pool in choice["pools"]]
+
+    assert {pool["maxNumBatchedTokens"] for pool in pools} == {64}
+    assert all(pool["maxNumSeqs"] <= 64 for pool in pools)
+
+
+def test_weights_that_a_name_contradicts_are_pointed_out() -> None:
+    """The shape is the same, the bytes are not."""
+    asked = ["plan", "--model", "nvidia/Llama-3.1-8B-Instruct-FP8", "--rate", "5", *FEW, "--no-simulation"]
+
+    assert "--weights fp8" in CliRunner().invoke(main, asked).stderr
+    assert CliRunner().invoke(main, [*asked, "--weights", "fp8"]).stderr == ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -223,6 +225,9 @@ def test_a_file_that_cannot_be_used_is_one_line(content, mend, tmp_path) -> None
         (["--rate", "1", "--accelerator", "h1000"], "near names"),
         (["--rate", "1", "--speculative-tokens", "0"], "leave speculation out"),
         (["--rate", "1", "--requests", "1"], "100 or more"),
+        (["--rate", "1", "--requests", "1000000000000"], "10000000 at most"),
+        (["--concurrency", "1000000000"], "clients at most"),
+        (["--rate", "1", "--speculative-tokens", "3", "--draft-cost", "nan"], "0 to 1"),
         (["--rate", "1", "--no-such-flag"], "No such option"),
         (["--rate", "1", "--profile", "/no/such/file.csv"], "file.csv"),
     ],
@@ -259,3 +264,43 @@ def test_limits_left_out_are_vllm_s() -> None:
     assert default_limits(accelerator("b200")) == (1024, 16384)
     replica = Replica(model("meta-llama/Llama-3.1-8B"), accelerator("l4-24gb"), max_num_seqs=4)
     assert replica.engine() == EngineConfig(max_num_seqs=4, max_num_batched_tokens=2048)
+
+
+def test_the_table_says_what_was_predicted() -> None:
+    """Defaults that were filled in are in the first line, under the model's name as it was asked for."""
+    result = CliRunner().invoke(main, [*BASE, "--rate", "1", "--requests", "200"])
+
+    assert result.exit_code == 0, result.output
+    assert "max-num-seqs 1024, max-num-batched-tokens 8192" in result.stdout.splitlines()[0]
+    assert result.stdout.startswith(f"{BASE[2]} in bf16 on 1 x h100-sxm-80gb")
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "note"),
+    [
+        (["--rate", "1", "--acceptance", "0.8"], "--acceptance has no effect without --speculative-tokens"),
+        (["--rate", "1", "--steady"], "--steady has no effect without --concurrency"),
+        (["--concurrency", "1", "--arrivals", "constant"], "--arrivals has no effect with --concurrency"),
+        (["--rate", "1", "--model", "Qwen/Qwen3-32B-AWQ"], "--weights int4 is what its name says"),
+    ],
+)
+def test_what_was_given_for_nothing_is_pointed_out(flags, note) -> None:
+    """On standard error; the answer is the one without it."""
+    result = CliRunner().invoke(main, [*BASE, *flags, "--requests", "200", "-o", "json"])
+
+    assert result.exit_code == 0, result.output
+    assert note in result.stderr
+    assert json.loads(result.stdout)["ttftMs"]
+
+
+def test_without_the_simulator_s_libraries_the_mend_is_named() -> None:
+    """The operator's image has none of them."""
+    program = (
+        "import sys; sys.modules['numba'] = None; from servingtiers.cli import main; "
+        "main(['predict', '--model', 'Qwen/Qwen3-8B', '--accelerator', 'l4', '--rate', '1'])"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+    assert ended.returncode == 2
+    assert ended.stderr == "Error: numba is not installed: pip install 'servingtiers[simulator]'\n"

@@ -119,3 +119,24 @@ def test_a_configuration_with_an_unknown_field_is_refused(tmp_path: Path):
     result = _run(_text(), "--config", str(config))
     assert result.exit_code == 2
     assert "acelerators" in result.stderr
+
+
+def test_a_pool_beside_its_tiers_is_passed_over():
+    """One file for kubectl apply may hold both; alone it makes no objects."""
+    pool = "apiVersion: servingtiers.io/v1alpha1\nkind: TierPool\nmetadata: {name: p}\nspec: {servedModelName: m}\n"
+
+    assert _run(f"{pool}---\n{_text()}").stdout == _run(_text()).stdout
+    alone = _run(pool)
+    assert alone.exit_code == 2
+    assert "has no objects of its own" in alone.stderr
+
+
+def test_a_file_that_is_no_text_is_one_line(tmp_path: Path):
+    """An archive, or a file in another encoding."""
+    path = tmp_path / "tier.yaml"
+    path.write_bytes(b"\xff\xfek\x00i\x00n\x00d\x00")
+
+    result = CliRunner().invoke(main, ["render", "-f", str(path)])
+
+    assert result.exit_code == 2
+    assert "no YAML" in result.stderr

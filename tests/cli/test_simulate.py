@@ -275,7 +275,7 @@ def test_a_prometheus_that_does_not_answer_is_one_line(tier):
         (["--trace", "azure-conv", "--tier", "chat"], "no such file, and"),
         (["--trace", "azure-conv", "--tier", "EMPTY"], "kind: ServingTier"),
         (["--trace", "azure-conv", "--tier", "BROKEN"], "no YAML"),
-        (["--trace", "azure-conv", "--tier", "WRONG"], "tier"),
+        (["--trace", "azure-conv", "--tier", "WRONG"], "Field required (and 1 more)"),
     ],
 )
 def test_what_cannot_be_simulated_is_one_line_that_names_the_mend(
@@ -430,3 +430,15 @@ def test_traffic_that_a_real_prometheus_recorded_is_replayed(tier, tmp_path):
     assert result.exit_code == 0, result.output
     (found,) = json.loads(result.stdout)["runs"]
     assert found["requests"] == pytest.approx(3 * 1500 + 9 * 1800, rel=0.06)
+
+
+def test_requests_that_the_engines_cannot_take_are_left_out_and_said(tier, tmp_path):
+    """Figures of half the traffic must not look like figures of all of it."""
+    short = yaml.safe_load(tier.read_text())
+    short["spec"]["pool"]["engine"]["maxModelLen"] = 1500
+    path = tmp_path / "short.yaml"
+    path.write_text(yaml.safe_dump(short))
+    traffic = ("--trace", "step:4:8:300", "--prompt-tokens", 1200, "--no-clairvoyant", "--seeds", 2)
+
+    assert "requests are longer than llm/chat takes" in call(*traffic, "--tier", path).stderr
+    assert call(*traffic, "--tier", tier).stderr == ""

@@ -91,3 +91,15 @@ def test_a_malformed_line_is_named(line, words):
 def test_a_profile_that_lacks_something_says_what(lines, words):
     with pytest.raises(ProfileError, match=words):
         parse_profile("p.csv", lines)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_a_file_that_a_spreadsheet_has_saved_is_read(tmp_path, delimiter):
+    """With a byte-order mark, capitals, quotes or another delimiter it means the same."""
+    lines = [line if line.startswith("#") else line.replace(",", delimiter) for line in GOOD]
+    header = next(index for index, line in enumerate(lines) if not line.startswith("#"))
+    lines[header] = lines[header].replace("kind", '"Kind"')
+    path = tmp_path / "mine.csv"
+    path.write_text("\r\n".join(lines), encoding="utf-8-sig")
+
+    assert load_profile(path).rows == parse_profile("p.csv", GOOD).rows

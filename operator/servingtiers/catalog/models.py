@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -24,8 +24,11 @@ __all__ = [
     "ModelShape",
     "bundled",
     "model",
+    "model_as_asked",
     "model_from_config",
     "models",
+    "models_with_aliases",
+    "published_name",
 ]
 
 WEIGHT_BYTES: Mapping[str, float] = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.52}
@@ -241,9 +244,34 @@ def models() -> tuple[ModelShape, ...]:
     return tuple(shape for shape, _ in _document())
 
 
+def models_with_aliases() -> tuple[tuple[ModelShape, tuple[str, ...]], ...]:
+    """Return every bundled shape with its other ids, in the order of the data file."""
+    return _document()
+
+
 def bundled(name: str) -> ModelShape | None:
     """Return a bundled shape by Hugging Face id or alias; None where there is none. No file is looked at."""
     return _by_name().get(name.strip().lower())
+
+
+@cache
+def _spellings() -> Mapping[str, str]:
+    spelled: dict[str, str] = {}
+    names = [name for shape, aliases in _document() for name in (shape.name, *aliases)]
+    for name in names:
+        spelled.setdefault(name.lower(), name)
+    for name in names:
+        spelled.setdefault(name.rsplit("/", 1)[-1].lower(), name)
+    return spelled
+
+
+def published_name(name: str) -> str | None:
+    """Return the Hugging Face id that a name means, as its publisher spells it; None where no shape is bundled.
+
+    A shape has one name and may have many ids: ``Llama-3.1-8B-Instruct`` runs as fast as ``Llama-3.1-8B`` and is
+    another model.
+    """
+    return _spellings().get(name.strip().lower()) if bundled(name) is not None else None
 
 
 def model(name: str) -> ModelShape:
@@ -275,6 +303,16 @@ def model(name: str) -> ModelShape:
         (known for shape, aliases in _document() for known in (shape.name, *aliases)),
         "use a bundled id or the path of the model's config.json",
     )
+
+
+def model_as_asked(name: str) -> ModelShape:
+    """Return a model's shape under the id that was asked for, so that it is the one that is named and served.
+
+    Raises:
+        UnknownNameError: No bundled shape has this name and there is no such file.
+        CatalogError: The file is no usable ``config.json``.
+    """
+    return replace(model(name), name=published_name(name) or name)
 
 
 def model_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:

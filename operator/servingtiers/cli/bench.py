@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -122,8 +123,10 @@ def command(
       servingtiers bench --url http://localhost:8000 --trace azure-conv --to 10m --scale 0.5 -o json
     """
     loaded, limits = _input(trace, tier, flags)
-    if record is not None and not record.parent.is_dir():
-        raise InputError(f"{record.parent} is no directory: create it, or choose another --record")
+    if record is not None and not (record.parent.is_dir() and os.access(record.parent, os.W_OK)):
+        raise InputError(
+            f"{record.parent} is no directory that can be written: create it, or choose another --record"
+        )
     endpoint, outcomes, client, skipped = _run(url, loaded, flags, quiet=quiet)
     if skipped:
         click.echo(
@@ -179,11 +182,16 @@ def _input(trace: str, tier: str | None, flags: dict[str, Any]) -> tuple[Trace, 
         )
     limits: dict[str, float] = {}
     if tier is not None:
-        where, document = next(
+        found = [
             each
             for each in tier_documents(tier, flags["namespace"])
             if each[1].get("kind", "ServingTier") == "ServingTier"
-        )
+        ]
+        if len(found) > 1:
+            raise InputError(
+                f"--tier {tier} holds {len(found)} ServingTiers, and an endpoint is of one: give a file with that one"
+            )
+        where, document = found[0]
         with input_errors(where):
             limits = slo_of(targets(parse_tier(document).spec))
     return loaded, limits

@@ -72,16 +72,22 @@ def _from_file(path: Path, name: str | None) -> dict[str, Any]:
     for document in documents:
         if isinstance(document, dict):
             # `kubectl get servingtiers -o yaml` gives a List.
-            items += document.get("items", [document])
+            listed = document.get("items", [document])
+            items += [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
     tiers = [item for item in items if item.get("kind") == "ServingTier"]
     if name is not None:
-        tiers = [item for item in tiers if item.get("metadata", {}).get("name") == name]
+        tiers = [item for item in tiers if _name_of(item) == name]
     if len(tiers) == 1:
         return tiers[0]
     if not tiers:
         raise InputError(f"{path} holds no ServingTier{f' named {name}' if name else ''}")
-    known = ", ".join(str(item.get("metadata", {}).get("name")) for item in tiers)
+    known = ", ".join(str(_name_of(item)) for item in tiers)
     raise InputError(f"{path} holds several tiers: name one of {known}")
+
+
+def _name_of(item: dict[str, Any]) -> Any:
+    metadata = item.get("metadata")
+    return metadata.get("name") if isinstance(metadata, dict) else None
 
 
 def _as_json(tier: ServingTier) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from servingtiers.cli._options import InputError, OneLineCommand, input_errors
+from servingtiers.cli._options import InputError, OneLineCommand, input_errors, warn_of_quantized_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from servingtiers.catalog.models import ModelShape
     from servingtiers.performance.planner import Choice, Constraints, Demand, Objective, Plan, Rejection
@@ -24,6 +24,10 @@ __all__ = ["command"]
 _PERCENTILES = ("p50", "p90", "p95", "p99", "p999")
 _TARGET_TPOT_MS = 50.0
 """Time per token that goes with an unqualified "p99": 20 tokens a second, faster than people read."""
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+_LONGEST_NAME = 63
+_MOST_REPLICAS = 1000
+"""Bound of maxReplicas in the API."""
 
 
 @click.command("plan", cls=OneLineCommand)
@@ -105,10 +109,12 @@ def command(output: str, path: Path | None, name: str | None, namespace: str, to
     token. When nothing can keep the objectives the answer says why, and which nearest ones can be kept.
     """
     with input_errors():
+        _check_identity(name, namespace)
         document = _tier(path)
         models = _models(flags["models"], document)
         demand = _demand(flags, document)
         constraints = _profiled(_constraints(flags, document), models, demand, flags["profile"])
+        constraints = _within_budget(constraints)
         questions = _questions(flags, document)
         if top < 1:
             raise ValueError(f"--top {top}: use 1 or more")
@@ -119,7 +125,9 @@ def command(output: str, path: Path | None, name: str | None, namespace: str, to
             )
             for heading, objectives in questions
         ]
-    _print(plans, constraints, output, name, namespace, top, document)
+    _say_what_has_no_effect(flags)
+    with input_errors():
+        _print(plans, constraints, output, name, namespace, top, document, _engine_fields(flags))
     if not any(plan.feasible for _, plan in plans):
         raise SystemExit(3)
 
@@ -176,18 +184,18 @@ def _tier(path: Path | None) -> Any:
 
 
 def _models(names: tuple[str, ...], document: Any) -> list[ModelShape]:
-    from servingtiers.catalog.models import model
+    from servingtiers.catalog.models import model_as_asked
 
     if not names and document is not None:
         names = (document.spec.model.name,)
     if not names:
         raise ValueError("--model is missing: name one or more, or give a tier with -f")
-    return [model(name) for name in names]
+    return list(dict.fromkeys(map(model_as_asked, names)))
 
 
 def _demand(flags: dict[str, Any], document: Any) -> Demand:
     from servingtiers.performance.planner import Demand
-    from servingtiers.performance.workload import Arrivals, length_cv_from_p95
+    from servingtiers.performance.workload import Arrivals
 
     work = document.spec.workload if document is not None else None
     rate = flags["rate"]
@@ -201,8 +209,7 @@ def _demand(flags: dict[str, Any], document: Any) -> Demand:
             return given, flags["length_cv"] or 0.0
         if said is None:
             return default, flags["length_cv"] or 0.0
-        spread = length_cv_from_p95(said.mean, said.p95 if said.p95 is not None else 2.5 * said.mean)
-        return float(said.mean), spread if flags["length_cv"] is None else flags["length_cv"]
+        return float(said.mean), _spread(said) if flags["length_cv"] is None else flags["length_cv"]
 
     prompt, prompt_cv = lengths(flags["prompt_tokens"], work.prompt_tokens if work else None, 512.0)
     output, output_cv = lengths(flags["output_tokens"], work.output_tokens if work else None, 128.0)
@@ -210,6 +217,13 @@ def _demand(flags: dict[str, Any], document: Any) -> Demand:
     if hits is None:
         hits = work.prefix_hit_percent / 100.0 if work is not None else 0.0
     return Demand(rate, prompt, output, prompt_cv, output_cv, hits, Arrivals.parse(flags["arrivals"]))
+
+
+def _spread(said: Any) -> float:
+    """Return the coefficient of variation of lengths as a tier says them; without a 95th percentile they vary as usual."""
+    from servingtiers.performance.workload import length_cv_from_p95
+
+    return length_cv_from_p95(said.mean, said.p95 if said.p95 is not None else 2.5 * said.mean)
 
 
 def _constraints(flags: dict[str, Any], document: Any) -> Constraints:
@@ -291,6 +305,55 @@ def _profiled(
         largest = hull_of(profile.rows).largest_batch(demand.context)
         limits = tuple(limit for limit in limits if limit <= largest) or limits[:1]
     return replace(constraints, profile=profile, batch_limits=limits)
+
+
+def _within_budget(constraints: Constraints) -> Constraints:
+    """Leave out batches that a given token budget has no room for: every running sequence needs a token of each step.
+
+    Raises:
+        ValueError: None is left.
+    """
+    budget, limits = constraints.max_num_batched_tokens, constraints.batch_limits
+    if budget is None or limits[-1] <= budget:
+        return constraints
+    kept = tuple(limit for limit in limits if limit <= budget)
+    if not kept:
+        raise ValueError(
+            f"max-num-batched-tokens {budget} is below max-num-seqs {limits[0]}: raise it, every running sequence "
+            "needs a token of each step's budget"
+        )
+    return replace(constraints, batch_limits=kept)
+
+
+def _check_identity(name: str | None, namespace: str) -> None:
+    """Refuse names that the API server would refuse."""
+    for option, text in (("--name", name), ("--namespace", namespace)):
+        if text is not None and not (_LABEL.fullmatch(text) and len(text) <= _LONGEST_NAME):
+            raise ValueError(
+                f"{option} {text!r}: use up to {_LONGEST_NAME} of a-z, 0-9 and -, a letter or digit at both ends"
+            )
+
+
+def _say_what_has_no_effect(flags: dict[str, Any]) -> None:
+    """Name on standard error what was given and changes nothing here, and weights that a name contradicts."""
+    if flags["no_simulation"] and flags["arrivals"].strip().lower() != "poisson":
+        click.echo(
+            "note: --arrivals counts in simulation only; with --no-simulation they are Poisson", err=True
+        )
+    if not flags["weights"]:
+        for name in flags["models"]:
+            warn_of_quantized_name(name, "bf16")
+
+
+def _engine_fields(flags: dict[str, Any]) -> frozenset[str]:
+    """Return the fields of a tier's engine that flags have overridden."""
+    fields = {
+        "max_num_seqs": "maxNumSeqs",
+        "max_num_batched_tokens": "maxNumBatchedTokens",
+        "weights": "quantization",
+        "kv_dtype": "kvCacheDtype",
+    }
+    return frozenset(field for flag, field in fields.items() if flags[flag])
 
 
 def _constrained(constraints: Constraints, document: Any, flags: dict[str, Any]) -> Constraints:
@@ -412,12 +475,13 @@ def _print(
     namespace: str,
     top: int,
     document: Any,
+    overridden: frozenset[str],
 ) -> None:
     if output == "json":
         answers = [_json(heading, plan, constraints, top) for heading, plan in plans]
         click.echo(json.dumps(answers[0] if len(answers) == 1 else {"readings": answers}, indent=2))
     elif output == "yaml":
-        _print_yaml(plans, name, namespace, document)
+        _print_yaml(plans, name, namespace, document, overridden)
     elif output == "html":
         try:
             from servingtiers.reporting.planning import plan_page
@@ -530,58 +594,90 @@ def _choice_json(choice: Choice, constraints: Constraints) -> dict[str, Any]:
     }
 
 
-def _print_yaml(plans: list[tuple[str, Plan]], name: str | None, namespace: str, document: Any) -> None:
-    """Print the cheapest choice of the last feasible reading as a ServingTier."""
+def _print_yaml(
+    plans: list[tuple[str, Plan]],
+    name: str | None,
+    namespace: str,
+    document: Any,
+    overridden: frozenset[str],
+) -> None:
+    """Print the cheapest choice of the last feasible reading as a ServingTier; without one, only say why."""
     import yaml
 
-    feasible = [plan for _, plan in plans if plan.feasible]
+    feasible = [(heading, plan) for heading, plan in plans if plan.feasible]
     if not feasible:
-        raise InputError(plans[-1][1].verdict)
-    plan = feasible[-1]
-    tier = tier_document(plan, name=name, namespace=namespace, given=document)
-    comment = "".join(f"# {line}\n" for line in (plan.verdict, f"source: {plan.choices[0].pools[-1].source}"))
+        click.echo(f"Error: {plans[-1][1].verdict}", err=True)
+        return
+    heading, plan = feasible[-1]
+    tier = tier_document(plan, name=name, namespace=namespace, given=document, overridden=overridden)
+    lines = [heading, plan.verdict, f"source: {plan.choices[0].pools[-1].source}", *_cautions(plan, tier)]
+    comment = "".join(f"# {line}\n" for line in lines)
     click.echo(comment + yaml.safe_dump(tier, sort_keys=False, allow_unicode=True, width=110), nl=False)
 
 
-def tier_document(plan: Plan, *, name: str | None, namespace: str, given: Any = None) -> dict[str, Any]:
+def _cautions(plan: Plan, tier: dict[str, Any]) -> Iterator[str]:
+    """Yield what of a plan its ServingTier cannot say, or says otherwise."""
+    spec, choice = tier["spec"], plan.choices[0]
+    for pool in choice.pools:
+        written = spec["pool"] if "pool" in spec else spec["disaggregation"][pool.role.value]
+        most = written["scaling"].get("maxReplicas", 8)
+        if most < pool.replicas:
+            yield (
+                f"CAUTION: maxReplicas {most} is below the {pool.replicas} replicas of this plan: raise it"
+                if most < _MOST_REPLICAS
+                else f"CAUTION: a pool has {_MOST_REPLICAS} replicas at most, this plan {pool.replicas}: "
+                "split the traffic over several tiers"
+            )
+    for objective in plan.objectives:
+        if objective.percentile == "mean":
+            yield f"CAUTION: {objective} is left out: a tier's objectives are percentiles"
+    if Path(spec["model"]["name"]).exists():
+        yield "CAUTION: model.name is a path: write the model's id in its place"
+
+
+def tier_document(
+    plan: Plan,
+    *,
+    name: str | None,
+    namespace: str,
+    given: Any = None,
+    overridden: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
     """Return the ServingTier that asks for a plan's cheapest choice.
 
     Args:
         plan: A feasible plan.
         name: Its name; made from the model and tier when None.
         namespace: Its namespace.
-        given: The ServingTier that was planned for; what it says and the plan does not decide is kept.
+        given: The ServingTier that was planned for; what it says is kept where the plan is not of something else.
+        overridden: Fields of its engines that the plan has other values for.
     """
-    from servingtiers.api.base import format_duration
     from servingtiers.api.spec import ServingTier
-    from servingtiers.performance.planner import Metric, Role
+    from servingtiers.catalog.models import published_name
+    from servingtiers.performance.planner import Role
 
-    choice, demand = plan.choices[0], plan.demand
+    choice = plan.choices[0]
     spec: dict[str, Any] = {}
     if given is not None:
         spec = given.model_dump(by_alias=True, exclude_unset=True, mode="json")["spec"]
         name = name or given.metadata.name
+        said = given.spec.model.name
+        if choice.model.name != (published_name(said) or said):
+            # Another model: its revision and source are the old one's; clients go on using the served name.
+            served = spec["model"].get("servedName")
+            spec["model"] = {"name": choice.model.name} | ({"servedName": served} if served else {})
     spec.setdefault("tier", _tier_name(plan))
     spec.setdefault("model", {"name": choice.model.name})
-    slo: dict[str, Any] = {}
-    for objective in plan.objectives:
-        if objective.percentile != "mean":
-            target = format_duration(objective.target_ms / 1e3)
-            slo.setdefault(Metric(objective.metric).value, {})[objective.percentile] = target
-    if slo and "slo" not in spec:
-        spec["slo"] = slo
-    spec.setdefault(
-        "workload",
-        {
-            "requestsPerSecond": f"{demand.rate:.6f}".rstrip("0").rstrip("."),
-            "promptTokens": _lengths(demand.prompt_tokens, demand.prompt_cv),
-            "outputTokens": _lengths(demand.output_tokens, demand.output_cv),
-            "prefixHitPercent": round(100 * demand.prefix_hit_rate),
-        },
-    )
+    slo = _slo_document(plan)
+    if slo and (
+        "slo" not in spec or (given is not None and set(_objectives_of(given)) != set(plan.objectives))
+    ):
+        window = spec.get("slo", {}).get("window")
+        spec["slo"] = ({"window": window} if window else {}) | slo
+    spec["workload"] = _workload_document(plan.demand, given)
     spec.pop("pool", None)
     spec.pop("disaggregation", None)
-    pools = {pool.role: _pool_document(pool, given) for pool in choice.pools}
+    pools = {pool.role: _pool_document(pool, given, overridden) for pool in choice.pools}
     if Role.AGGREGATED in pools:
         spec["pool"] = pools[Role.AGGREGATED]
     else:
@@ -594,6 +690,40 @@ def tier_document(plan: Plan, *, name: str | None, namespace: str, given: Any = 
     }
     ServingTier.model_validate(document)  # what is printed can be applied
     return document
+
+
+def _slo_document(plan: Plan) -> dict[str, dict[str, str]]:
+    from servingtiers.api.base import format_duration
+
+    slo: dict[str, dict[str, str]] = {}
+    for objective in plan.objectives:
+        if objective.percentile != "mean":
+            target = format_duration(objective.target_ms / 1e3)
+            slo.setdefault(objective.metric.value, {})[objective.percentile] = target
+    return slo
+
+
+def _workload_document(demand: Demand, given: Any) -> dict[str, Any]:
+    """Return the traffic that was planned for, in the given tier's words where it says the same."""
+    planned: dict[str, Any] = {
+        "requestsPerSecond": f"{demand.rate:.6f}".rstrip("0").rstrip("."),
+        "promptTokens": _lengths(demand.prompt_tokens, demand.prompt_cv),
+        "outputTokens": _lengths(demand.output_tokens, demand.output_cv),
+        "prefixHitPercent": round(100 * demand.prefix_hit_rate),
+    }
+    said = given.spec.workload if given is not None else None
+    if said is None:
+        return planned
+    kept = said.model_dump(by_alias=True, exclude_unset=True, mode="json")
+    if said.requests_per_second is not None and float(said.requests_per_second) == demand.rate:
+        planned["requestsPerSecond"] = kept["requestsPerSecond"]
+    for field, lengths, mean, cv in (
+        ("promptTokens", said.prompt_tokens, demand.prompt_tokens, demand.prompt_cv),
+        ("outputTokens", said.output_tokens, demand.output_tokens, demand.output_cv),
+    ):
+        if lengths is not None and (float(lengths.mean), _spread(lengths)) == (mean, cv):
+            planned[field] = kept[field]
+    return planned
 
 
 def _tier_name(plan: Plan) -> str:
@@ -613,7 +743,7 @@ def _lengths(mean: float, cv: float) -> dict[str, int]:
     return {"mean": max(round(mean), 1), "p95": max(round(p95), round(mean), 1)}
 
 
-def _pool_document(pool: Any, given: Any) -> dict[str, Any]:
+def _pool_document(pool: Any, given: Any, overridden: frozenset[str]) -> dict[str, Any]:
     from servingtiers.performance.planner import Role
 
     option = pool.option
@@ -625,22 +755,25 @@ def _pool_document(pool: Any, given: Any) -> dict[str, Any]:
         engine["quantization"] = option.weights.upper()
     if option.kv_dtype == "fp8":
         engine["kvCacheDtype"] = "FP8"
+    most = min(max(math.ceil(1.5 * pool.replicas), 2), _MOST_REPLICAS)
     document: dict[str, Any] = {
         "hardware": {"accelerators": [option.accelerator.key], "tensorParallel": option.tensor_parallel},
         "engine": engine,
-        "scaling": {"minReplicas": 1, "maxReplicas": min(max(math.ceil(1.5 * pool.replicas), 2), 1000)},
+        "scaling": {"minReplicas": 1, "maxReplicas": most},
     }
-    if given is not None:
-        spec = given.spec
-        old = (
-            spec.pool if pool.role is Role.AGGREGATED else getattr(spec.disaggregation, pool.role.value, None)
-        )
-        if old is not None:
-            kept = old.model_dump(by_alias=True, exclude_unset=True, mode="json")
-            document = {part: {**document[part], **kept.get(part, {})} | (
-                document["hardware"] if part == "hardware" else {}
-            ) for part in document}  # fmt: skip
-    return document
+    if given is None:
+        return document
+    spec = given.spec
+    old = spec.pool if pool.role is Role.AGGREGATED else getattr(spec.disaggregation, pool.role.value, None)
+    if old is None:
+        return document
+    kept = old.model_dump(by_alias=True, exclude_unset=True, mode="json")
+    own = {field: value for field, value in kept.get("engine", {}).items() if field not in overridden}
+    return {
+        "hardware": kept.get("hardware", {}) | document["hardware"],
+        "engine": engine | own,
+        "scaling": document["scaling"] | kept.get("scaling", {}),
+    }
 
 
 def _name(model: str, tier: str) -> str:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from servingtiers.cli._options import InputError, OneLineCommand, input_errors
+from servingtiers.cli._options import InputError, OneLineCommand, input_errors, warn_of_quantized_name
 
 if TYPE_CHECKING:
-    from servingtiers.performance.prediction import Prediction
+    from servingtiers.performance.prediction import Prediction, Replica
+    from servingtiers.performance.workload import Workload
 
 __all__ = ["command"]
 
@@ -23,6 +25,9 @@ _REAL = {"rate", "prompt_tokens", "output_tokens", "prefix_hit_rate", "length_cv
 _WHOLE |= {"speculative_tokens", "requests", "seed"}
 _REAL |= {"acceptance", "draft_cost"}
 _SWITCH = {"steady", "piecewise_graphs"}
+_MOST_REQUESTS = 10_000_000
+_MOST_CLIENTS = 100_000
+"""Far beyond what one replica serves; every client sends ten requests, which take memory."""
 _ON, _OFF = {"1", "true", "yes"}, {"0", "false", "no"}
 
 
@@ -95,21 +100,44 @@ def command(batch: Path | None, output: str, **flags: Any) -> None:
         _predict_all(batch, flags)
         return
     with input_errors():
-        prediction = _predict(flags)
-    click.echo(json.dumps(prediction.to_json()) if output == "json" else _table(prediction))
+        replica, workload = _question(flags)
+        prediction = _answer(replica, workload, flags)
+    _say_what_has_no_effect(flags)
+    click.echo(json.dumps(prediction.to_json()) if output == "json" else _table(replica, prediction))
 
 
-def _predict(values: dict[str, Any]) -> Prediction:
-    """Predict from flag values.
+def _say_what_has_no_effect(flags: dict[str, Any]) -> None:
+    """Name on standard error what was given and changes nothing here, and weights that the name contradicts."""
+    context = click.get_current_context()
+
+    def typed(*names: str) -> list[str]:
+        given = (each for each in names if context.get_parameter_source(each) is ParameterSource.COMMANDLINE)
+        return ["--" + each.replace("_", "-") for each in given]
+
+    idle = []
+    if flags["speculative_tokens"] is None:
+        idle += [(option, "without --speculative-tokens") for option in typed("acceptance", "draft_cost")]
+    if flags["concurrency"] is None:
+        idle += [(option, "without --concurrency") for option in typed("steady")]
+    else:
+        idle += [(option, "with --concurrency") for option in typed("arrivals")]
+    for option, when in idle:
+        click.echo(f"note: {option} has no effect {when}", err=True)
+    if not typed("weights") and flags["profile"] is None:
+        warn_of_quantized_name(flags["model"], flags["weights"])
+
+
+def _question(values: dict[str, Any]) -> tuple[Replica, Workload]:
+    """Return the engine and the traffic that flag values tell of.
 
     Raises:
         ValueError: The input makes no sense; the message names the mend.
     """
     # numba and numpy come in here: --help and wrong flags need not wait for them.
     from servingtiers.catalog.accelerators import accelerator
-    from servingtiers.catalog.models import model
+    from servingtiers.catalog.models import model_as_asked
     from servingtiers.performance.host import PIECEWISE_LAYER_MS
-    from servingtiers.performance.prediction import Replica, predict
+    from servingtiers.performance.prediction import Replica
     from servingtiers.performance.profile import load_profile
     from servingtiers.performance.speculation import Speculation
     from servingtiers.performance.workload import Arrivals, Workload
@@ -117,12 +145,16 @@ def _predict(values: dict[str, Any]) -> Prediction:
     for name in ("model", "accelerator"):
         if not values.get(name):
             raise ValueError(f"--{name} is missing: name one")
-    if values["requests"] < 100:
-        raise ValueError(f"requests {values['requests']}: simulate 100 or more, percentiles need them")
+    if not 100 <= values["requests"] <= _MOST_REQUESTS:
+        raise ValueError(
+            f"requests {values['requests']}: simulate 100 or more, percentiles need them, and {_MOST_REQUESTS} at most"
+        )
+    if (values.get("concurrency") or 0) > _MOST_CLIENTS:
+        raise ValueError(f"concurrency {values['concurrency']}: use {_MOST_CLIENTS} clients at most")
     speculation = None
     if values.get("speculative_tokens") is not None:
         speculation = Speculation(values["speculative_tokens"], values["acceptance"], values["draft_cost"])
-    shape = model(values["model"])
+    shape = model_as_asked(values["model"])
     longest = values.get("max_model_len") or shape.max_context
     if longest > shape.max_context:
         raise ValueError(
@@ -151,6 +183,12 @@ def _predict(values: dict[str, Any]) -> Prediction:
         speculation=speculation,
         piecewise_layer_ms=PIECEWISE_LAYER_MS if values["piecewise_graphs"] else 0.0,
     )
+    return replica, workload
+
+
+def _answer(replica: Replica, workload: Workload, values: dict[str, Any]) -> Prediction:
+    from servingtiers.performance.prediction import predict
+
     return predict(
         replica, workload, requests=values["requests"], seed=values["seed"], steady=values["steady"]
     )
@@ -179,7 +217,8 @@ def _predict_all(path: Path, flags: dict[str, Any]) -> None:
     wrong = []
     for number, row in enumerate(rows, start=1):
         try:
-            prediction = _predict(_row_values(row, flags))
+            values = _row_values(row, flags)
+            prediction = _answer(*_question(values), values)
         except (ValueError, LookupError) as error:
             text = " ".join(str(error).split())
             wrong.append(f"row {number}: {text}")
@@ -235,10 +274,15 @@ def _row_values(row: dict[str | None, Any], flags: dict[str, Any]) -> dict[str, 
     return values
 
 
-def _table(prediction: Prediction) -> str:
-    result = prediction.result
+def _table(replica: Replica, prediction: Prediction) -> str:
+    result, engine = prediction.result, replica.engine()
     columns = ("mean", "p50", "p90", "p95", "p99", "p999")
-    lines = ["ms     " + "".join(f"{name:>10}" for name in columns)]
+    asked = (
+        f"{replica.model.name} in {replica.weights} on {replica.tensor_parallel} x {replica.accelerator.key}, "
+        f"max-num-seqs {engine.max_num_seqs}, max-num-batched-tokens {engine.max_num_batched_tokens}"
+    )
+    lines = [asked]
+    lines += ["ms     " + "".join(f"{name:>10}" for name in columns)]
     for label, values in (
         ("TTFT", result.ttft),
         ("TPOT", result.tpot),

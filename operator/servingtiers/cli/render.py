@@ -70,7 +70,7 @@ def _read(path: str, document: Any, model: type[BaseModel]) -> Any:
 def _documents(stream: TextIO) -> list[Any]:
     try:
         return [document for document in yaml.safe_load_all(stream) if document is not None]
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())
         raise InputError(f"{stream.name}: no YAML: {text}") from error
 
@@ -79,8 +79,12 @@ def _tiers(stream: TextIO) -> Iterator[ServingTier]:
     found = _documents(stream)
     if not found:
         raise InputError(f"{stream.name}: holds no object: write a {KIND} into it")
-    for document in found:
-        kind = document.get("kind") if isinstance(document, dict) else None
+    kinds = [document.get("kind") if isinstance(document, dict) else None for document in found]
+    if set(kinds) == {"TierPool"}:
+        raise InputError(f"{stream.name}: a TierPool has no objects of its own: render takes {KIND} objects")
+    for kind, document in zip(kinds, found, strict=True):
+        if kind == "TierPool":  # beside its tiers, as in one file for kubectl apply
+            continue
         if kind != KIND:
             raise InputError(f"{stream.name}: holds a {kind or 'text'}: render takes {KIND} objects only")
         if document.get("apiVersion") != API_VERSION:

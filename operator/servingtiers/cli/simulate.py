@@ -460,6 +460,13 @@ def _scenario(
                     shared_prefix=flags["prefix_cache"],
                 )
             )
+        left = len(trace) - len(plans[-1].trace)
+        if left and not seed:
+            click.echo(
+                f"left out: {left} of {len(trace)} requests are longer than {plans[-1].key} takes (its maxModelLen, or "
+                "what its KV cache holds)",
+                err=True,
+            )
     pools = _pools(given)
     _check_members([parse_tier(document) for _, document in documents], pools)
     keys = [plan.key for plan in plans]

@@ -11,7 +11,7 @@ Pure and light (no numpy): the operator plans with it, too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
@@ -23,7 +23,7 @@ from servingtiers.catalog.names import CatalogError
 from servingtiers.performance.analytic import EngineLimits, Prediction, Traffic, predict
 from servingtiers.performance.host import with_host_time
 from servingtiers.performance.latency import PERCENTILES, Percentiles
-from servingtiers.performance.select import step_model
+from servingtiers.performance.select import DoesNotFitError, step_model
 from servingtiers.performance.steps import OutOfHullError
 from servingtiers.performance.workload import Arrivals
 
@@ -295,6 +295,8 @@ class Rejection:
     """The objective that an idle engine misses."""
     best_ms: float = math.inf
     """What an idle engine reaches for it, with the margin."""
+    memory_bytes: float = 0.0
+    """Of the replica, where it could be built at all: of options that have no room the largest says most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,7 +395,7 @@ def _traffic(demand: Demand, role: Role, rate: float) -> Traffic:
 def curve(option: Option, role: Role, demand: Demand, link_gb_s: float) -> Curve:
     """Return an option's latencies over its rate; the demand's rate is disregarded.
 
-    The curve ends where the engine saturates.
+    The curve ends where the engine saturates, and is empty where its KV cache does not hold one request.
 
     Args:
         option: The replica.
@@ -408,8 +410,11 @@ def curve(option: Option, role: Role, demand: Demand, link_gb_s: float) -> Curve
     transfer = 0.0
     if role is Role.DECODE:
         transfer = transfer_ms(option.model, option.kv_dtype, demand.prompt_tokens, link_gb_s)
-    limits = EngineLimits(option.max_num_seqs, option.max_num_batched_tokens)
-    return engine_curve(option.step_model(), limits, role, demand, transfer)
+    limits, steps = EngineLimits(option.max_num_seqs, option.max_num_batched_tokens), option.step_model()
+    longest = demand.prompt_tokens + (0.0 if role is Role.PREFILL else demand.output_tokens)
+    if longest > steps.kv_capacity_tokens:
+        return Curve((), (), transfer)  # the closed forms would have it decode all the same
+    return engine_curve(steps, limits, role, demand, transfer)
 
 
 def transfer_ms(model: ModelShape, kv_dtype: str, prompt_tokens: float, link_gb_s: float) -> float:
@@ -597,8 +602,6 @@ def _options(
     found = []
     for accelerator in constraints.accelerators:
         for size in constraints.tensor_parallel:
-            if size > accelerator.gpus_per_node or model.heads % size:
-                continue
             budget = constraints.max_num_batched_tokens or default_limits(accelerator)[1]
             option = Option(
                 model,
@@ -673,6 +676,7 @@ def _of_model(
     rejections: list[Rejection] = []
     decoders: list[_Worth] = []
     prefills: list[_Worth] = []
+    slow: dict[Role, list[Rejection]] = {Role.PREFILL: [], Role.DECODE: []}
     shape = replace(demand, rate=1.0)  # curves do not depend on it: one cache entry
     disaggregated = constraints.disaggregation and demand.output_tokens > 1.0
     for option in _options(model, weights, demand, objectives, constraints):
@@ -688,16 +692,23 @@ def _of_model(
                 else:
                     choices.append(_aggregated(worth, demand, constraints))
             if disaggregated and constraints.allows(Role.DECODE, option.accelerator):
-                worth = _best_batch(
-                    option, Role.DECODE, shape, share_of(Role.DECODE, objectives), constraints
-                )
+                share = share_of(Role.DECODE, objectives)
+                worth = _best_batch(option, Role.DECODE, shape, share, constraints)
                 decoders += [worth] if worth else []
+                if worth is None and not constraints.aggregated:
+                    slow[Role.DECODE].append(_too_slow(what, option, shape, share, constraints, Role.DECODE))
             if disaggregated and constraints.allows(Role.PREFILL, option.accelerator):
-                worth = _best_batch(
-                    option, Role.PREFILL, shape, share_of(Role.PREFILL, objectives), constraints
-                )
+                share = share_of(Role.PREFILL, objectives)
+                worth = _best_batch(option, Role.PREFILL, shape, share, constraints)
                 prefills += [worth] if worth else []
-        except (CatalogError, OutOfHullError) as error:
+                if worth is None and not constraints.aggregated:
+                    slow[Role.PREFILL].append(
+                        _too_slow(what, option, shape, share, constraints, Role.PREFILL)
+                    )
+        except (DoesNotFitError, OutOfHullError) as error:
+            memory = option.tensor_parallel * option.accelerator.memory_bytes
+            rejections.append(Rejection(what, str(error), memory_bytes=memory))
+        except CatalogError as error:
             rejections.append(Rejection(what, str(error)))
     decoders.sort(key=lambda w: w.cost_per_rate(constraints))
     prefills.sort(key=lambda w: w.cost_per_rate(constraints))
@@ -707,7 +718,33 @@ def _of_model(
             if prefill.option.tensor_parallel <= decoder.option.tensor_parallel:
                 choice = _disaggregated(prefill, decoder, demand, objectives, constraints)
                 choices += [choice] if choice else []
+    if not constraints.aggregated and not choices:
+        # Of the pool that cannot be had, or of both.
+        rejections += [] if prefills else slow[Role.PREFILL]
+        rejections += [] if decoders else slow[Role.DECODE]
+        rejections += _no_pair(f"{model.name} {weights}", prefills, decoders, demand)
     return choices, rejections
+
+
+def _no_pair(
+    what: str, prefills: Sequence[_Worth], decoders: Sequence[_Worth], demand: Demand
+) -> Iterator[Rejection]:
+    """Say why no fleet of two pools came of options that do on their own; what they lack alone is told elsewhere."""
+    why = ""
+    if demand.output_tokens <= 1.0:
+        why = "answers of one token leave nothing to decode: plan for one pool"
+    elif prefills and decoders:
+        needs = min(worth.option.tensor_parallel for worth in prefills)
+        has = max(worth.option.tensor_parallel for worth in decoders)
+        why = (
+            f"prefill needs tensor parallelism {needs}, decode may have {has}, and NIXL cannot gather KV heads: "
+            "allow decode as much"
+            if needs > has
+            else "each pool keeps its share of the objectives, but not both together with the transfer between them: "
+            "loosen TTFT or E2E, or name a faster link"
+        )
+    if why:
+        yield Rejection(what, why, memory_bytes=math.inf)
 
 
 def share_of(role: Role, objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
@@ -905,18 +942,31 @@ def _confirmed(
 
 
 # --- when there is no fleet -----------------------------------------------------------------------------------
+_NOTHING_ALLOWED = Rejection(
+    "", "no accelerator is allowed: name one with --accelerator or in hardware.accelerators"
+)
+
+
 def _too_slow(
-    what: str, option: Option, shape: Demand, objectives: tuple[Objective, ...], constraints: Constraints
+    what: str,
+    option: Option,
+    shape: Demand,
+    objectives: tuple[Objective, ...],
+    constraints: Constraints,
+    role: Role = Role.AGGREGATED,
 ) -> Rejection:
     """Say which objective an idle engine misses, and by how much."""
-    best = curve(option, Role.AGGREGATED, shape, constraints.link_gb_s)
+    what += "" if role is Role.AGGREGATED else f" for {role.value}"
+    best = curve(option, role, shape, constraints.link_gb_s)
     if not best.rates:
         return Rejection(
-            what, "the KV cache does not hold one request: shorten requests or raise tensor parallelism"
+            what,
+            f"the KV cache of {option.hardware} does not hold one request: shorten requests or raise tensor parallelism",
+            memory_bytes=option.tensor_parallel * option.accelerator.memory_bytes,
         )
     worst: tuple[float, Objective, float] | None = None
     for objective in objectives:
-        value = _idle_value(option, objective, shape, constraints)
+        value = _idle_value(option, objective, shape, constraints, role)
         ratio = value / objective.target_ms
         if ratio > 1.0 and (worst is None or ratio > worst[0]):
             worst = (ratio, objective, value)
@@ -938,10 +988,19 @@ def _too_slow(
     return Rejection(what, reason, objective, value)
 
 
-def _idle_value(option: Option, objective: Objective, shape: Demand, constraints: Constraints) -> float:
+def _idle_value(
+    option: Option,
+    objective: Objective,
+    shape: Demand,
+    constraints: Constraints,
+    role: Role = Role.AGGREGATED,
+) -> float:
     """What an idle engine reaches for an objective, ms, margin included."""
-    point = curve(option, Role.AGGREGATED, shape, constraints.link_gb_s).points[0]
-    ttft, e2e = _shift(point.ttft, FRONT_END_MS), _shift(point.e2e, FRONT_END_MS)
+    found = curve(option, role, shape, constraints.link_gb_s)
+    if not found.points:
+        return math.inf
+    point, before = found.points[0], FRONT_END_MS + found.transfer_ms
+    ttft, e2e = _shift(point.ttft, before), _shift(point.e2e, before)
     return held_ms(objective, ttft, point.tpot, e2e, constraints.tail_margin)
 
 
@@ -959,8 +1018,8 @@ def _infeasible(
     """
     slow = [r for r in rejections if r.breaking is not None]
     if not slow:
-        reasons = sorted({rejection.reason for rejection in rejections}) or ["no accelerator is allowed"]
-        return Plan(demand, objectives, (), tuple(rejections), f"infeasible: {reasons[0]}")
+        telling = max(rejections, key=lambda r: r.memory_bytes, default=_NOTHING_ALLOWED)
+        return Plan(demand, objectives, (), tuple(rejections), f"infeasible: {telling.reason}")
     closest = min(slow, key=lambda r: r.best_ms / r.breaking.target_ms if r.breaking else math.inf)
     slow.sort(key=lambda r: r.best_ms)
     nearest, choice = _nearest(models, demand, objectives, constraints, slow)
@@ -1006,7 +1065,11 @@ def _nearest(
                 c
                 for model in models
                 for c in _of_model(
-                    model, weights, demand, loosened, replace(constraints, disaggregation=False)
+                    model,
+                    weights,
+                    demand,
+                    loosened,
+                    replace(constraints, disaggregation=not constraints.aggregated),
                 )[0]
             ]
             if found:

@@ -1,6 +1,6 @@
 """A profile: step times the user measured on the very engine, as a CSV file.
 
-Columns, in any order, with a header line (further columns are ignored)::
+Columns, in any order, with a header line (further columns are ignored), separated by commas, semicolons or tabs::
 
     kind,batch,context_tokens,new_tokens,ms
     decode,1,512,,8.1          a pure decode step: 1 sequence whose context is 512 tokens
@@ -55,7 +55,7 @@ def load_profile(path: str | Path) -> Profile:
         ProfileError: The file cannot be read or is malformed.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ProfileError(f"profile {path} cannot be read ({error}): give a UTF-8 CSV file") from error
     return parse_profile(Path(path).name, text.splitlines())
@@ -78,16 +78,22 @@ def parse_profile(name: str, lines: Iterable[str]) -> Profile:
         elif line.strip():
             data.append(line)
             numbers.append(number)
-    reader = csv.DictReader(data)
+    delimiter = max(",;\t", key=(data[0] if data else "").count)  # as spreadsheets of some countries write it
+    columns = [column.strip().strip('"').lower() for column in (data[0] if data else "").split(delimiter)]
+    reader = csv.DictReader(data[1:], fieldnames=columns, delimiter=delimiter)
     for column in ("kind", "ms"):
-        if column not in (reader.fieldnames or ()):
+        if column not in columns:
             raise ProfileError(
                 f"profile {name} lacks the column {column!r}: "
                 "begin with the header kind,batch,context_tokens,new_tokens,ms"
             )
     rows: list[StepRow] = []
     capacity: int | None = None
-    for number, cells in zip(numbers[1:], reader, strict=True):
+    try:
+        lined = list(zip(numbers[1:], reader, strict=False))
+    except csv.Error as error:
+        raise ProfileError(f"profile {name} is no CSV ({error}): correct it") from error
+    for number, cells in lined:
         rows.append(_row(name, number, cells))
         if cells.get("kv_capacity_tokens"):
             capacity = _whole(name, number, cells, "kv_capacity_tokens", least=1)
@@ -113,7 +119,9 @@ def _row(name: str, number: int, cells: dict[str, str]) -> StepRow:
     except ValueError:
         ms = float("nan")
     if not isfinite(ms) or ms <= 0.0:
-        raise ProfileError(f"profile {name} line {number}: ms {cells.get('ms')!r} must be a positive number")
+        raise ProfileError(
+            f"profile {name} line {number}: ms {cells.get('ms')!r} must be a positive number, such as 8.1"
+        )
     batch = _whole(name, number, cells, "batch", least=1) if kind != "prefill" else 0
     context = _whole(name, number, cells, "context_tokens", least=0, default=0 if kind == "prefill" else None)
     new = _whole(name, number, cells, "new_tokens", least=1) if kind != "decode" else 0

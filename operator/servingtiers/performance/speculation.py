@@ -34,8 +34,10 @@ class Speculation:
             )
         if not 0.0 <= self.acceptance < 1.0:
             raise ValueError(f"acceptance {self.acceptance:g} must be at least 0 and below 1")
-        if self.draft_cost < 0.0:
-            raise ValueError(f"draft cost {self.draft_cost:g} must not be negative")
+        if not 0.0 <= self.draft_cost <= 1.0:
+            raise ValueError(
+                f"draft cost {self.draft_cost:g} must be a share of a decode step, 0 to 1: a dearer draft never pays"
+            )
 
     @property
     def tokens_per_step(self) -> float:
