@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from harness.tiers import MODEL
+from harness.traffic import prompt
 from onenode import programs
 from onenode.places import Places
 
@@ -19,25 +21,29 @@ __all__ = ["bench_serve"]
 async def bench_serve(
     places: Places, url: str, *, rate: float, requests: int, prompt_tokens: int = 48, output_tokens: int
 ) -> dict[str, Any]:
-    """Send streams of random prompts at Poisson times; return what the generator wrote.
+    """Send streams of prompts of random words at Poisson times; return what the generator wrote.
 
     Args:
         places: Where engine and model are.
         url: Of a tier's router.
         rate: Requests per second.
         requests: How many.
-        prompt_tokens: Tokens of each prompt.
+        prompt_tokens: Tokens of each prompt, about.
         output_tokens: Tokens of each answer; a stream that ends early makes ``total_output_tokens`` fall short.
     """
     python = programs.engine(places) / "bin" / "python"
     with tempfile.TemporaryDirectory(dir=places.state) as folder:
-        log, result = Path(folder) / "log", Path(folder) / "result.json"
+        log, result, prompts = (Path(folder) / name for name in ("log", "result.json", "prompts.jsonl"))
+        # Of the generator's own random prompts for a vocabulary as small as this model's, some begin alike.
+        texts = (prompt(prompt_tokens, random.Random(seed)) for seed in range(requests))
+        prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
         with log.open("wb") as said:
             process = await asyncio.create_subprocess_exec(
                 *(str(python), "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
                 *("--backend", "vllm", "--base-url", url),
-                *("--model", MODEL, "--tokenizer", str(places.model / MODEL), "--dataset-name", "random"),
-                *("--random-input-len", str(prompt_tokens), "--random-output-len", str(output_tokens)),
+                *("--model", MODEL, "--tokenizer", str(places.model / MODEL)),
+                *("--dataset-name", "custom", "--dataset-path", str(prompts), "--skip-chat-template"),
+                *("--custom-output-len", str(output_tokens), "--ready-check-timeout-sec", "0"),
                 *("--num-prompts", str(requests), "--request-rate", str(rate), "--ignore-eos"),
                 *("--percentile-metrics", "ttft,tpot,e2el"),
                 *("--save-result", "--result-filename", str(result), "--disable-tqdm"),
