@@ -33,17 +33,17 @@ async def bench_serve(
     """
     python = programs.engine(places) / "bin" / "python"
     with tempfile.TemporaryDirectory(dir=places.state) as folder:
-        log, result, prompts = (Path(folder) / name for name in ("log", "result.json", "prompts.jsonl"))
+        log, result, prompts = (Path(folder) / name for name in ("log", "result.json", "prompts.json"))
         # Of the generator's own random prompts for a vocabulary as small as this model's, some begin alike.
-        texts = (prompt(prompt_tokens, random.Random(seed)) for seed in range(requests))
-        prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-        with log.open("wb") as said:
+        said = [{"value": prompt(prompt_tokens, random.Random(seed))} for seed in range(requests)]
+        prompts.write_text(json.dumps([{"conversations": [each, each]} for each in said]))
+        with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
                 *(str(python), "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
                 *("--backend", "vllm", "--base-url", url),
                 *("--model", MODEL, "--tokenizer", str(places.model / MODEL)),
-                *("--dataset-name", "custom", "--dataset-path", str(prompts), "--skip-chat-template"),
-                *("--custom-output-len", str(output_tokens), "--ready-check-timeout-sec", "0"),
+                *("--dataset-name", "sharegpt", "--dataset-path", str(prompts)),
+                *("--sharegpt-output-len", str(output_tokens), "--ready-check-timeout-sec", "0"),
                 *("--num-prompts", str(requests), "--request-rate", str(rate), "--ignore-eos"),
                 *("--percentile-metrics", "ttft,tpot,e2el"),
                 *("--save-result", "--result-filename", str(result), "--disable-tqdm"),
@@ -53,7 +53,7 @@ async def bench_serve(
                     "VLLM_TARGET_DEVICE": "cpu",
                     "VLLM_NO_USAGE_STATS": "1",
                 },
-                stdout=said,
+                stdout=output,
                 stderr=asyncio.subprocess.STDOUT,
             )
             try:
