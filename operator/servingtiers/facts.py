@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -26,6 +27,7 @@ __all__ = [
     "holder",
     "moved_at",
     "pool_facts",
+    "ready_at_home",
     "serves",
     "shared_engines",
     "startup_times",
@@ -100,6 +102,25 @@ def _view(
     )
     mine = (pod for pod in pods if selector.items() <= pod["metadata"].get("labels", {}).items())
     return PoolView(deployment, tuple(mine))
+
+
+def ready_at_home(name: str, pods: Iterable[JsonObject]) -> tuple[Counter[str], int]:
+    """Return the ready pods of a tier by its name alone, whatever its spec: by pool, and its routers."""
+    engines: Counter[str] = Counter()
+    routers = 0
+    for pod in pods:
+        labels = pod["metadata"].get("labels", {})
+        if (
+            labels.get(names.TIER_LABEL) != names.slug(name)
+            or _leaving(pod)
+            or _condition(pod, "Ready") != "True"
+        ):
+            continue
+        if labels.get(names.COMPONENT_LABEL) == names.ROUTER:
+            routers += 1
+        elif (pool := labels.get(names.POOL_LABEL)) is not None:
+            engines[pool] += 1
+    return engines, routers
 
 
 def holder(pod: JsonObject) -> str | None:

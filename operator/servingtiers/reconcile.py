@@ -49,6 +49,7 @@ from servingtiers.facts import (
     PoolView,
     engines_hash,
     pool_facts,
+    ready_at_home,
     serves,
     shared_engines,
     startup_times,
@@ -170,7 +171,12 @@ def plan(observed: Observed) -> Plan:
                 remember.append(None)
                 continue
             case _Refused():
-                after = refused(look.tier, look.generation, look.problems, look.before, observed.now)
+                ready, routers = ready_at_home(look.member.raw["metadata"]["name"], look.member.pods)
+                after = refused(
+                    *(look.tier, look.generation, look.problems, look.before, observed.now),
+                    ready=ready,
+                    routers=routers,
+                )
             case _Accepted():
                 decision = by_key[look.observation.key]
                 key = look.observation.key

@@ -106,13 +106,31 @@ class TierReport:
 
 
 def refused(
-    tier: ServingTier | None, generation: int, problems: tuple[Problem, ...], before: Remembered, now: float
+    tier: ServingTier | None,
+    generation: int,
+    problems: tuple[Problem, ...],
+    before: Remembered,
+    now: float,
+    *,
+    ready: Mapping[str, int],
+    routers: int,
 ) -> Remembered:
-    """Return the status of a tier that cannot be planned; what serves is left as it is and stays reported."""
+    """Return the status of a tier that cannot be planned; what serves is left as it is and stays reported.
+
+    Args:
+        tier: The tier, where it can be read.
+        generation: Of its spec.
+        problems: Why it is refused.
+        before: What was reported last.
+        now: Unix time, seconds.
+        ready: Pool name to its pods that are ready now.
+        routers: Router pods that are.
+    """
     status = before.status
+    pools = [pool.model_copy(update={"ready": ready.get(pool.name, 0)}) for pool in status.pools]
     progress = tuple(
         PoolProgress(name=pool.name, desired=pool.desired, ready=pool.ready, updated=pool.ready)
-        for pool in status.pools
+        for pool in pools
     )
     found = conditions.compute(
         ConditionInput(
@@ -121,13 +139,15 @@ def refused(
             previous=tuple(status.conditions),
             problems=problems,
             pools=progress,
-            # Routers are not looked at: that they were there is the best that is known.
-            routers_ready=1 if progress else 0,
+            routers_ready=routers,
+            # How many are wanted is not known: one lets requests in.
             routers_desired=1 if progress else 0,
             suspended=tier is not None and tier.spec.suspend,
         )
     )
-    new = status.model_copy(update={"observed_generation": generation, "conditions": list(found)})
+    new = status.model_copy(
+        update={"observed_generation": generation, "conditions": list(found), "pools": pools}
+    )
     return replace(before, status=new)
 
 

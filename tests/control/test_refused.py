@@ -92,9 +92,16 @@ class World:
         await self.controller.relist()
         await self.controller.reconcile(GROUP)
 
-    def accepted(self, name: str) -> str:
+    def condition(self, name: str, kind: str) -> JsonObject:
         found = self.cluster.get_now(f"ServingTier/{name}")["status"]["conditions"]
-        return next(each["status"] for each in found if each["type"] == "Accepted")
+        return next(each for each in found if each["type"] == kind)
+
+    def accepted(self, name: str) -> str:
+        return self.condition(name, "Accepted")["status"]
+
+    def pool(self, name: str) -> JsonObject:
+        (found,) = self.cluster.get_now(f"ServingTier/{name}")["status"]["pools"]
+        return found
 
     def holder(self, pod: str) -> str | None:
         return self.cluster.get_now(f"Pod/{pod}")["metadata"]["labels"].get(names.ROUTE_TIER_LABEL)
@@ -131,3 +138,16 @@ async def test_an_engine_on_its_way_comes_home_when_the_spec_of_its_home_is_refu
 
     assert world.accepted("batch") == "False"
     assert world.holder("batch-2") == "batch"
+
+
+async def test_a_refused_tier_tells_who_is_ready_now(world):
+    """Its engines may go while nobody mends it, and then no alert may take it for serving."""
+    await world.pass_()
+    world.write("chat", **FORBIDDEN)
+    await world.pass_(60.0)
+    assert world.pool("chat")["ready"] == 1
+
+    world.cluster.drop("Pod/chat-1")
+    await world.pass_(60.0)
+    assert world.pool("chat")["ready"] == 0
+    assert world.condition("chat", "Ready")["reason"] == "NoReplicaReady"
