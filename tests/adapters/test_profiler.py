@@ -12,7 +12,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from servingtiers.adapters.profiler import EngineProfiler, Grid, ProfilingError, Stream, window_ms
+from servingtiers.adapters.profiler import EngineProfiler, Grid, ProfilingError, Stream, added_ms, window_ms
 from servingtiers.cli.profile import profile_csv
 from servingtiers.lab.engines import EngineConfig, SimulatedEngine
 from servingtiers.performance.profile import parse_profile
@@ -64,26 +64,6 @@ async def test_known_step_times_are_recovered(interval):
         (b, c) for c in GRID.contexts for b in GRID.batches
     ]
     assert measured.requests <= GRID.requests
-
-
-class FasterBesidePrompts(KnownSteps):
-    """From the first mixed step on a third faster: machines do not keep their pace."""
-
-    pace = 1.0
-
-    def step_ms(self, prompt_tokens, prompt_past_tokens, decoding, kv_tokens):
-        if prompt_tokens and decoding:
-            type(self).pace = 2 / 3
-        return self.pace * super().step_ms(prompt_tokens, prompt_past_tokens, decoding, kv_tokens)
-
-
-async def test_a_change_of_pace_does_not_count_as_the_prompts_time():
-    """It would count once for each of the steps around a prompt."""
-    async with engine(steps=FasterBesidePrompts()) as to:
-        measured = await measure(to, replace(GRID, batches=(1, 2), contexts=(128, 512)))
-    (mixed,) = [row for row in measured.rows if row.kind == "mixed" and row.context == 512]
-    alone = STEPS.step_ms(0, 0, mixed.batch, mixed.batch * 512)
-    assert mixed.ms == pytest.approx(alone + 2 / 3 * 0.05 * 512, abs=3.0)
 
 
 async def test_the_file_that_is_written_is_a_profile():
@@ -196,6 +176,20 @@ def test_the_time_of_even_steps_is_found_whenever_the_streams_began(ms, steps, s
         assert late > steps - 16
     else:
         assert found == pytest.approx(ms, rel=1e-6)
+
+
+@pytest.mark.parametrize("pace", [9.0, 13.5])
+def test_what_a_prompt_adds_is_found_at_any_pace(pace):
+    """Held against another pace than the streams' own it would be off once for each of the steps around the prompt."""
+    lasts = [pace] * 80
+    for mixed, disturbed in ((20, 0.0), (40, 25.0), (60, 0.0)):
+        lasts[mixed] += 17.0 + disturbed
+    times = [each / 1e3 for each in itertools.accumulate(lasts)]
+    # Sent in the step before, answered while the next one runs.
+    pauses = [(times[mixed - 1] - 0.002, times[mixed] + 0.002) for mixed in (20, 40, 60)]
+
+    assert added_ms([_stream(times, counted=True)] * 2, pauses) == pytest.approx(17.0)
+    assert added_ms([_stream(times[:10], counted=True)], pauses) is None
 
 
 def test_an_error_inside_a_stream_is_told():

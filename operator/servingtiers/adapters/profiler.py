@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import math
 import random
 import re
 import time
@@ -384,19 +383,8 @@ class EngineProfiler:
             streams = await background
         if any(stream.bundled for stream in streams):
             return None
-        began = max(stream.progress()[0][0] for stream in streams)
-        ended = min(stream.progress()[-1][0] for stream in streams)
-        # Against the pace of these very streams: the pause spans several steps, and what that pace differs by from the
-        # decode steps measured before would count as the prompt's, several times. Of differences the median counts.
-        pace = _pace_ms(streams, pauses, began)
-        found = [
-            extra
-            for begin, end in pauses
-            if began < begin and end < ended
-            for extra in [median(_pause_ms(stream, begin, end, pace) for stream in streams)]
-            if math.isfinite(extra)
-        ]
-        return alone_ms + max(median(found), 0.0) if found else None
+        added = added_ms(streams, pauses)
+        return None if added is None else alone_ms + added
 
     # -- requests -----------------------------------------------------------------------------------------
     def _prompt(self, tokens: int) -> list[int]:
@@ -571,23 +559,37 @@ def window_ms(streams: Sequence[Stream]) -> float | None:
     return median(found)
 
 
-def _pause_ms(stream: Stream, begin: float, end: float, alone_ms: float) -> float:
-    """Return how much longer a stream's tokens took around a prompt than they do alone, ms."""
-    points = stream.progress()
-    before = [point for point in points if point[0] <= begin]
-    after = [point for point in points if point[0] >= end]
-    if not before or not after:
-        return math.nan
-    (t0, n0), (t1, n1) = before[-1], after[0]
-    return 1e3 * (t1 - t0) - (n1 - n0) * alone_ms
+def added_ms(streams: Sequence[Stream], pauses: Sequence[tuple[float, float]]) -> float | None:
+    """Return what a prompt adds to the steps of the streams beside it, ms; None where none was beside them all.
 
+    A pause spans several steps. It is held against the pace of these very streams: what that differs by from decode steps
+    measured before would count as the prompt's, several times. Of differences the median counts.
 
-def _pace_ms(streams: Sequence[Stream], pauses: Sequence[tuple[float, float]], began: float) -> float:
-    """Return the median time of a token between the prompts, ms; NaN where there is none."""
+    Args:
+        streams: Sequences that decode.
+        pauses: When each prompt was sent and when its first token came, seconds.
+    """
+    progress = [stream.progress() for stream in streams]
+    began = max(points[0][0] for points in progress)
+    ended = min(points[-1][0] for points in progress)
     gaps = [
         1e3 * (later - earlier) / (many - few)
-        for stream in streams
-        for (earlier, few), (later, many) in itertools.pairwise(stream.progress())
-        if earlier >= began and not any(begin <= later and earlier <= end for begin, end in pauses)
+        for points in progress
+        for (earlier, few), (later, many) in itertools.pairwise(points)
+        if many > few
+        and earlier >= began
+        and not any(begin <= later and earlier <= end for begin, end in pauses)
     ]
-    return median(gaps) if gaps else math.nan
+    beside = [(begin, end) for begin, end in pauses if began < begin and end < ended]
+    if not gaps or not beside:
+        return None
+    pace = median(gaps)
+    found = [median(_longer_ms(points, begin, end, pace) for points in progress) for begin, end in beside]
+    return max(median(found), 0.0)
+
+
+def _longer_ms(points: Sequence[tuple[float, float]], begin: float, end: float, pace_ms: float) -> float:
+    """Return how much longer a stream's tokens took around a prompt than at their pace, ms."""
+    t0, n0 = [point for point in points if point[0] <= begin][-1]
+    t1, n1 = next(point for point in points if point[0] >= end)
+    return 1e3 * (t1 - t0) - (n1 - n0) * pace_ms
