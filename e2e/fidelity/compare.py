@@ -16,7 +16,7 @@ from servingtiers.performance.profile import Profile
 from servingtiers.performance.steps import GridStepModel, SourceKind, StepSource
 from servingtiers.performance.tables import grid_from_rows, hull_of
 
-__all__ = ["METRICS", "Engine", "Row", "rows", "simulated", "verdicts"]
+__all__ = ["METRICS", "Engine", "Row", "pool_of", "rows", "simulated", "verdicts"]
 
 METRICS = ("ttftMs", "tpotMs", "e2eMs")
 PERCENTILES = ("p50", "p99")
@@ -47,6 +47,21 @@ def step_model(profile: Profile) -> GridStepModel:
     )
 
 
+def pool_of(profile: Profile, engine: Engine, replicas: int = 1) -> PoolConfig:
+    """Return engines of a profile and a configuration, which the router takes in turn."""
+    return PoolConfig(
+        step_model(profile),
+        EngineConfig(
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            block_size=engine.block_size,
+            async_scheduling=engine.async_scheduling,
+        ),
+        replicas,
+        Routing.ROUND_ROBIN,
+    )
+
+
 def simulated(
     sent: Sequence[Mapping[str, Any]], profile: Profile, engine: Engine, *, replicas: int, overhead_ms: float
 ) -> dict[str, Any]:
@@ -59,17 +74,7 @@ def simulated(
         replicas: Engines behind the router, which takes them in turn.
         overhead_ms: Network, HTTP and client of one request, as the profile measured it.
     """
-    pool = PoolConfig(
-        step_model(profile),
-        EngineConfig(
-            max_num_seqs=engine.max_num_seqs,
-            max_num_batched_tokens=engine.max_num_batched_tokens,
-            block_size=engine.block_size,
-            async_scheduling=engine.async_scheduling,
-        ),
-        replicas,
-        Routing.ROUND_ROBIN,
-    )
+    pool = pool_of(profile, engine, replicas)
     arrival = np.array([row["sent"] for row in sent]) * 1e3
     order = np.argsort(arrival, kind="stable")
     requests = make_requests(

@@ -19,7 +19,7 @@ from statistics import median
 import aiohttp
 import pytest
 
-from fidelity.compare import Engine, rows, simulated, step_model, verdicts
+from fidelity.compare import Engine, pool_of, rows, simulated, verdicts
 from fidelity.page import RESULTS, write
 from harness.existing import ExistingCluster
 from harness.kube import pod_ready, wait_for
@@ -27,7 +27,7 @@ from harness.study import circumstances
 from harness.tiers import VOCABULARY, engine, tier
 from harness.traffic import ask, prompt
 from onenode import images as built
-from servingtiers.performance.engine_sim import EngineConfig, PoolConfig, sustainable_rate
+from servingtiers.performance.engine_sim import sustainable_rate
 from servingtiers.performance.profile import load_profile
 from servingtiers.performance.workload import Workload
 from servingtiers.simulate.traces import load_trace
@@ -178,17 +178,8 @@ async def test_the_simulator_says_what_a_real_engine_does(product, cluster, kube
     profiled = time.monotonic() - begun
 
     whole = load_trace(TRACE, start=FROM, end=FROM + SECONDS).lengthened(LENGTHS)
-    pool = PoolConfig(
-        step_model(alone),
-        EngineConfig(
-            max_num_seqs=ENGINE.max_num_seqs,
-            max_num_batched_tokens=ENGINE.max_num_batched_tokens,
-            block_size=ENGINE.block_size,
-            async_scheduling=ENGINE.async_scheduling,
-        ),
-    )
     capacity = sustainable_rate(
-        pool,
+        pool_of(alone, ENGINE),
         Workload(
             rate=1.0,
             prompt_tokens=float(whole.prompt.mean()),

@@ -106,21 +106,10 @@ def _view(
 
 def ready_at_home(name: str, pods: Iterable[JsonObject]) -> tuple[Counter[str], int]:
     """Return the ready pods of a tier by its name alone, whatever its spec: by pool, and its routers."""
-    engines: Counter[str] = Counter()
-    routers = 0
-    for pod in pods:
-        labels = pod["metadata"].get("labels", {})
-        if (
-            labels.get(names.TIER_LABEL) != names.slug(name)
-            or _leaving(pod)
-            or _condition(pod, "Ready") != "True"
-        ):
-            continue
-        if labels.get(names.COMPONENT_LABEL) == names.ROUTER:
-            routers += 1
-        elif (pool := labels.get(names.POOL_LABEL)) is not None:
-            engines[pool] += 1
-    return engines, routers
+    ready = _view("", {names.TIER_LABEL: names.slug(name)}, (), pods).ready_pods
+    labels = [pod["metadata"]["labels"] for pod in ready]
+    engines = Counter(each[names.POOL_LABEL] for each in labels if names.POOL_LABEL in each)
+    return engines, sum(each.get(names.COMPONENT_LABEL) == names.ROUTER for each in labels)
 
 
 def holder(pod: JsonObject) -> str | None:

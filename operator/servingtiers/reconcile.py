@@ -550,7 +550,7 @@ def _accept(
         targets=targets,
         judged=judged,
         observation=TierObservation(
-            key=f"{tier.metadata.namespace}/{tier.metadata.name}",
+            key=_key(member),
             spec=tier.spec,
             targets=targets,
             pools=tuple(

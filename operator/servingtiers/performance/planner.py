@@ -691,20 +691,15 @@ def _of_model(
                     rejections.append(_too_slow(what, option, shape, objectives, constraints))
                 else:
                     choices.append(_aggregated(worth, demand, constraints))
-            if disaggregated and constraints.allows(Role.DECODE, option.accelerator):
-                share = share_of(Role.DECODE, objectives)
-                worth = _best_batch(option, Role.DECODE, shape, share, constraints)
-                decoders += [worth] if worth else []
-                if worth is None and not constraints.aggregated:
-                    slow[Role.DECODE].append(_too_slow(what, option, shape, share, constraints, Role.DECODE))
-            if disaggregated and constraints.allows(Role.PREFILL, option.accelerator):
-                share = share_of(Role.PREFILL, objectives)
-                worth = _best_batch(option, Role.PREFILL, shape, share, constraints)
-                prefills += [worth] if worth else []
-                if worth is None and not constraints.aggregated:
-                    slow[Role.PREFILL].append(
-                        _too_slow(what, option, shape, share, constraints, Role.PREFILL)
-                    )
+            for role, worths in ((Role.DECODE, decoders), (Role.PREFILL, prefills)):
+                if not (disaggregated and constraints.allows(role, option.accelerator)):
+                    continue
+                share = share_of(role, objectives)
+                worth = _best_batch(option, role, shape, share, constraints)
+                if worth is not None:
+                    worths.append(worth)
+                elif not constraints.aggregated:
+                    slow[role].append(_too_slow(what, option, shape, share, constraints, role))
         except (DoesNotFitError, OutOfHullError) as error:
             memory = option.tensor_parallel * option.accelerator.memory_bytes
             rejections.append(Rejection(what, str(error), memory_bytes=memory))
